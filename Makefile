@@ -1,8 +1,8 @@
 # Two commands do all the set-up: `make demo` and `make test`. Both can be repeated, and interrupted at any time.
 #
-# The environment is .venv. A file in it says how far it got: .venv/.demo (what a picture needs) or .venv/.dev (tests,
-# checks, training too; it includes the first). They are older than the requirements when those have changed, and
-# make installs again. An installation that was cut short leaves .venv/.unfinished, and the next one starts afresh.
+# The environment is .venv, and a file in it says how far it got: .venv/.demo (what a picture needs) or .venv/.dev
+# (for tests, checks and training; includes the first). Where a requirement is newer than that file, make installs
+# again. An installation that was cut short leaves .venv/.unfinished, and the next one starts afresh.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
@@ -15,8 +15,9 @@ DEMO_SEED ?= 1
 TOKENIZER_CONFIG ?= configs/mini-tokenizer.toml
 CONFIG ?= configs/mini-pretrain.toml
 PYTEST_ARGS ?=
+PIP_ARGS ?= --quiet
 
-# Threads that wait must sleep: spinning ones slow every other process on a shared machine. Must be set before torch loads.
+# Threads that wait must sleep, since spinning ones slow every other process; torch reads this when it loads.
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
@@ -76,10 +77,11 @@ define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo 'MARS needs Python 3.11 or newer, "$(PYTHON)" is not; name another: make PYTHON=/path/to/python3.11' >&2; exit 1; }
 	@if [ -e .venv/.unfinished ]; then echo 'the last installation was cut short: starting afresh'; rm -rf .venv; fi
-	@mkdir -p .venv && touch .venv/.unfinished
+	@mkdir -p .venv && rm -f .venv/.demo .venv/.dev && touch .venv/.unfinished
 	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv .venv
-	$(PIP) install -c constraints.txt $(1)
-	$(PIP) install -c constraints.txt --no-deps -r $(2)
+	@echo 'installing into .venv: a minute or two, 1-2 GB on disk (PIP_ARGS= shows the downloads)'
+	$(PIP) install $(PIP_ARGS) -c constraints.txt $(1)
+	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-deps -r $(2)
 	@rm .venv/.unfinished
 endef
 
