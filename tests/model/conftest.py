@@ -1,0 +1,168 @@
+"""A tiny language model, as a folder in the hub's layout and as a GGUF file."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import pre_tokenizers
+
+from mars.model.config import LanguageConfig
+from mars.model.language_tensors import gguf_name, language_shapes
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+TOKENS = [*SPECIALS, *ALPHABET, "he", "<tool>", "[PAD0]", "[PAD1]", "[PAD2]"]
+KINDS = [3, 3, 3, *[1] * len(ALPHABET), 1, 4, 5, 5, 5]
+CONFIG = LanguageConfig(
+    vocab_size=len(TOKENS),
+    width=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_width=8,
+    ffn=64,
+    rope_theta=10000.0,
+    norm_eps=1e-5,
+    max_positions=128,
+    tied_embeddings=True,
+)
+
+
+def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
+    """The permutation of llama.cpp's convert_hf_to_gguf.py, as it stands there."""
+    return (
+        rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(rows.shape)
+    )
+
+
+def random_tensors(config: LanguageConfig) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+    shapes = language_shapes(config)
+    return {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def tiny_config() -> LanguageConfig:
+    return CONFIG
+
+
+@pytest.fixture
+def write_gguf(tmp_path: Path) -> Callable[..., tuple[Path, dict[str, np.ndarray]]]:
+    """Writes a GGUF file; returns its path and the tensors that reading must give, under our names.
+
+    `metadata` replaces values (None leaves a key out); `edit` changes the tensors, under GGUF's names.
+    """
+
+    def write(
+        *,
+        architecture: str = "llama",
+        config: LanguageConfig = CONFIG,
+        quantization: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+        metadata: dict[str, Any] | None = None,
+        edit: Callable[[dict[str, np.ndarray]], None] | None = None,
+    ) -> tuple[Path, dict[str, np.ndarray]]:
+        path = tmp_path / "tiny.gguf"
+        writer = gguf.GGUFWriter(path, architecture)
+        for key, value in (_metadata(architecture, config) | (metadata or {})).items():
+            match value:
+                case None:
+                    pass
+                case float():
+                    writer.add_float32(key, value)
+                case int():
+                    writer.add_uint32(key, value)
+                case str():
+                    writer.add_string(key, value)
+                case _:
+                    writer.add_array(key, value)
+        written, expected = {}, {}
+        for name, values in random_tensors(config).items():
+            stored = values
+            if architecture == "llama" and (".q_proj" in name or ".k_proj" in name):
+                stored = interleave(values, config.num_heads if ".q_proj" in name else config.num_kv_heads)
+            kind = quantization if values.ndim > 1 else gguf.GGMLQuantizationType.F32
+            quantized = gguf.quants.quantize(values, kind)
+            expected[name] = gguf.quants.dequantize(quantized, kind).astype(np.float32)
+            written[gguf_name(name)] = gguf.quants.quantize(np.ascontiguousarray(stored), kind)
+        if edit is not None:
+            edit(written)
+        for name, values in written.items():
+            raw = quantization if values.dtype == np.uint8 else None
+            writer.add_tensor(name, values, raw_dtype=raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path, expected
+
+    return write
+
+
+def _metadata(architecture: str, config: LanguageConfig) -> dict[str, Any]:
+    shapes = {
+        "block_count": config.num_layers,
+        "context_length": config.max_positions,
+        "embedding_length": config.width,
+        "feed_forward_length": config.ffn,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.layer_norm_rms_epsilon": config.norm_eps,
+        "rope.freq_base": config.rope_theta,
+    }
+    return {f"{architecture}.{key}": value for key, value in shapes.items()} | {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": TOKENS,
+        "tokenizer.ggml.token_type": KINDS,
+        "tokenizer.ggml.merges": ["h e"],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.chat_template": "{{ messages[0]['content'] }}",
+    }
+
+
+@pytest.fixture
+def write_hub_folder(tmp_path: Path) -> Callable[..., tuple[Path, dict[str, torch.Tensor]]]:
+    """Has `transformers` save a tiny random model; returns the folder and the model's own tensors."""
+
+    def write(
+        architecture: str = "Llama",
+        *,
+        shard_size: str = "5GB",
+        dtype: torch.dtype = torch.float32,
+        **changes: Any,
+    ) -> tuple[Path, dict[str, torch.Tensor]]:
+        import transformers
+
+        fields: dict[str, Any] = {
+            "vocab_size": len(TOKENS),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "bos_token_id": 1,
+            "eos_token_id": [2, 0],
+        }
+        config = getattr(transformers, f"{architecture}Config")(**(fields | changes))
+        model = getattr(transformers, f"{architecture}ForCausalLM")(config).to(dtype)
+        folder = tmp_path / "hub"
+        model.save_pretrained(folder, max_shard_size=shard_size)
+        write_tokenizer_json(folder / "tokenizer.json")
+        return folder, dict(model.state_dict())
+
+    return write
+
+
+def write_tokenizer_json(path: Path) -> None:
+    from mars.model.gguf_tokenizer import GGUFTokens, write_tokenizer
+
+    tokens = GGUFTokens(model="gpt2", pre="smollm", tokens=TOKENS, kinds=KINDS, merges=["h e"])
+    write_tokenizer(tokens, path=path, source="test")
