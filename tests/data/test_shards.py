@@ -29,10 +29,6 @@ CODES = hnp.arrays(
     np.int32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=6), elements=st.integers(0, 8191)
 )
 
-to_be_fixed = pytest.mark.xfail(
-    strict=False, reason="shards.py lets some bad files through, or says it in many lines"
-)
-
 
 def record(key: str) -> Record:
     captions = (
@@ -153,7 +149,6 @@ def test_a_missing_shard_says_how_to_make_one(tmp_path: Path, read: Callable[[Pa
     assert "make it with `mars data" in one_line_error(read, tmp_path / "absent")
 
 
-@to_be_fixed
 @pytest.mark.parametrize("read", [read_all, read_codes])
 @pytest.mark.parametrize("content", [b"", b"just some text\n" * 100])
 def test_a_file_of_another_kind_is_refused(
@@ -164,13 +159,11 @@ def test_a_file_of_another_kind_is_refused(
     assert "is not a" in one_line_error(read, path)
 
 
-@to_be_fixed
 @pytest.mark.parametrize("read", [read_all, read_codes])
 def test_a_folder_is_no_shard(tmp_path: Path, read: Callable[[Path], object]) -> None:
     one_line_error(read, tmp_path)
 
 
-@to_be_fixed
 @pytest.mark.parametrize("blocks", [1, 2, 4, 5, 6, 7, 8])
 def test_a_truncated_picture_shard_is_refused_wherever_it_was_cut(tmp_path: Path, blocks: int) -> None:
     # The first picture takes a header, three blocks of PNG, a header and a block of JSON: 512 bytes each.
@@ -180,7 +173,6 @@ def test_a_truncated_picture_shard_is_refused_wherever_it_was_cut(tmp_path: Path
     one_line_error(read_all, cut)
 
 
-@to_be_fixed
 @pytest.mark.parametrize(
     "members",
     [
@@ -216,7 +208,6 @@ def test_a_truncated_code_shard_is_refused(tmp_path: Path, part: float) -> None:
     one_line_error(read_codes, cut)
 
 
-@to_be_fixed
 def test_a_code_shard_with_damaged_pages_is_refused(tmp_path: Path) -> None:
     shard = tmp_path / "shard.parquet"
     write_codes(shard, coded(40), tokenizer="digest")
@@ -253,7 +244,6 @@ def test_an_interrupted_write_keeps_the_file_that_was_there(tmp_path: Path) -> N
     assert read_all(shard) == pictures(1)
 
 
-@to_be_fixed
 def test_codes_that_do_not_fit_16_bits_are_refused_rather_than_changed(tmp_path: Path) -> None:
     codes = np.full((1, 1), 40_000, dtype=np.int32)
     with pytest.raises(DataError, match="40000"):

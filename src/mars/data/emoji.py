@@ -1,0 +1,231 @@
+"""Emoji artwork with English and Chinese captions: a real, small, bilingual picture set.
+
+Artwork comes from npm's Iconify packages, names and tags from the Unicode CLDR annotations in `emojibase-data`. Only
+sets under Apache-2.0, MIT and CC-BY-4.0 are taken; every picture records its source and licence. Skin-tone variants are
+left out. What is held out is fixed by hash: whole concepts, whole pictures, and tags (as paraphrases of a name).
+"""
+
+import hashlib
+import json
+import re
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mars.data.shards import Caption, Picture, Record
+from mars.errors import DataError
+
+HELD_OUT_PERCENT = 4
+"""Share of the concepts, and again of the pictures, that training never sees."""
+PARAPHRASE_PERCENT = 40
+"""Share of a concept's tags that training never sees."""
+MARGIN = 1 / 16
+"""White border on each side, as a share of the artwork's width."""
+COMPONENT_GROUP = 2
+"""Emoji group of skin tones and hair: parts, not pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmojiSet:
+    """One style of artwork, and what a caption calls it."""
+
+    package: str
+    version: str
+    source: str
+    licence: str
+    en: str
+    zh: str
+
+
+CLDR = ("emojibase-data", "17.0.0")
+SETS = {
+    "noto": EmojiSet(
+        package="@iconify-json/noto", version="1.2.9", source="Noto Emoji, Google", licence="Apache-2.0",
+        en="Noto style", zh="Noto 风格",
+    ),
+    "twemoji": EmojiSet(
+        package="@iconify-json/twemoji", version="1.2.5", source="Twemoji, Twitter and contributors",
+        licence="CC-BY-4.0", en="Twemoji style", zh="Twemoji 风格",
+    ),
+    "fluent-flat": EmojiSet(
+        package="@iconify-json/fluent-emoji-flat", version="1.2.6", source="Fluent Emoji Flat, Microsoft",
+        licence="MIT", en="flat Fluent style", zh="扁平 Fluent 风格",
+    ),
+    "noto-v1": EmojiSet(
+        package="@iconify-json/noto-v1", version="1.2.5", source="Noto Emoji v1, Google", licence="Apache-2.0",
+        en="old Noto style", zh="旧版 Noto 风格",
+    ),
+    "fluent": EmojiSet(
+        package="@iconify-json/fluent-emoji", version="1.2.7", source="Fluent Emoji, Microsoft", licence="MIT",
+        en="glossy Fluent style", zh="立体 Fluent 风格",
+    ),
+    "fxemoji": EmojiSet(
+        package="@iconify-json/fxemoji", version="1.2.2", source="FxEmojis, Mozilla", licence="Apache-2.0",
+        en="Firefox style", zh="Firefox 风格",
+    ),
+    "emojione": EmojiSet(
+        package="@iconify-json/emojione", version="1.2.3", source="EmojiTwo, Emoji One", licence="CC-BY-4.0",
+        en="EmojiTwo style", zh="EmojiTwo 风格",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concept:
+    """What an emoji shows, in two languages."""
+
+    hexcode: str
+    names: dict[str, str]
+    tags: dict[str, tuple[str, ...]]
+
+
+def _percentile(text: str) -> int:
+    """A number in 0..99 that depends on `text` alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % 100
+
+
+def fetch(package: str, version: str, cache: Path) -> Path:
+    """Unpacks an npm package below `cache` (once) and returns its folder.
+
+    Raises:
+        DataError: if npm is missing or refuses.
+    """
+    folder = cache / f"{package.replace('/', '-').lstrip('@')}-{version}"
+    if (folder / "package" / "package.json").is_file():
+        return folder / "package"
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["npm", "pack", "--silent", f"{package}@{version}", "--pack-destination", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise DataError("the emoji artwork comes from npm packages, but `npm` was not found; install Node.js") from None
+    except subprocess.CalledProcessError as error:
+        reason = " ".join((error.stderr or error.stdout).split()) or f"exit code {error.returncode}"
+        raise DataError(f"npm could not fetch {package}@{version}: {reason}") from None
+    for archive in folder.glob("*.tgz"):
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+        archive.unlink()
+    return folder / "package"
+
+
+def load_concepts(cache: Path) -> list[Concept]:
+    """All emoji that are pictures, with English and Chinese names and tags, in Unicode order."""
+    folder = fetch(*CLDR, cache)
+    english, chinese = (
+        {entry["hexcode"]: entry for entry in json.loads((folder / language / "data.json").read_text("utf-8"))}
+        for language in ("en", "zh")
+    )
+    concepts = []
+    for code, entry in english.items():
+        if entry.get("group") in (None, COMPONENT_GROUP) or code not in chinese:
+            continue
+        both = {"en": entry, "zh": chinese[code]}
+        concepts.append(
+            Concept(
+                hexcode=code,
+                names={language: item["label"] for language, item in both.items()},
+                tags={language: tuple(item.get("tags") or ()) for language, item in both.items()},
+            )
+        )
+    return concepts
+
+
+def _slug(label: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", label.lower().replace("&", "and").replace("’", "")).strip("-")
+
+
+def _artwork(concept: Concept, icons: dict[str, Any], characters: dict[str, str]) -> dict[str, Any] | None:
+    """The icon of a concept: by code point where the set has a table, else by the slug of its English name."""
+    code = concept.hexcode.lower()
+    slug = _slug(concept.names["en"])
+    bare = code.replace("-fe0f", "")
+    for name in (characters.get(code), characters.get(bare), slug, slug.replace("-", "")):
+        alias = icons.get("aliases", {}).get(name)
+        if alias and alias.keys() == {"parent"}:
+            name = alias["parent"]
+        if name in icons["icons"]:
+            icon: dict[str, Any] = icons["icons"][name]
+            return icon
+    return None
+
+
+def _svg(icon: dict[str, Any], icons: dict[str, Any]) -> str:
+    width = icon.get("width", icons.get("width", 16))
+    height = icon.get("height", icons.get("height", 16))
+    left, top = icon.get("left", 0), icon.get("top", 0)
+    side = max(width, height) * (1 + 2 * MARGIN)
+    box = f"{left - (side - width) / 2} {top - (side - height) / 2} {side} {side}"
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{icon["body"]}</svg>'
+
+
+def _render(svg: str, size: int) -> bytes | None:
+    """PNG bytes of an SVG, or None where the renderer fails (its filters panic on a few icons)."""
+    import resvg_py
+
+    try:
+        return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white"))
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # it derives from BaseException alone
+            raise
+        return None
+
+
+def _captions(concept: Concept, style: EmojiSet) -> tuple[Caption, ...]:
+    captions = []
+    for language, comma, words in (("en", ", ", style.en), ("zh", "，", style.zh)):
+        name = concept.names[language]
+        captions.append(Caption(text=name, language=language, kind="name"))
+        captions.append(Caption(text=f"{name}{comma}{words}", language=language, kind="style"))
+        tags = [tag for tag in concept.tags[language] if tag.lower() != name.lower()]
+        secret = [tag for tag in tags if _percentile(f"tag {concept.hexcode} {tag}") < PARAPHRASE_PERCENT]
+        known = [tag for tag in tags if tag not in secret]
+        for kind, chosen in (("tags", known[:4]), ("paraphrase", secret[:4])):
+            if chosen:
+                captions.append(Caption(text=comma.join(chosen), language=language, kind=kind))
+    return tuple(captions)
+
+
+def _split(concept: Concept, style: str) -> str:
+    if _percentile(f"concept {concept.hexcode}") < HELD_OUT_PERCENT:
+        return "concept"
+    if _percentile(f"picture {concept.hexcode} {style}") < HELD_OUT_PERCENT:
+        return "picture"
+    return "train"
+
+
+def make_emoji(*, cache: Path, size: int = 128, styles: tuple[str, ...] = tuple(SETS)) -> Iterator[Picture]:
+    """Renders every emoji of every style as a (size, size) picture on white.
+
+    Args:
+        cache: where npm packages are unpacked; they are fetched once.
+        size: pixels on each side.
+        styles: names of `SETS`.
+    """
+    concepts = load_concepts(cache)
+    for style in styles:
+        chosen = SETS[style]
+        folder = fetch(chosen.package, chosen.version, cache)
+        icons = json.loads((folder / "icons.json").read_text("utf-8"))
+        characters = json.loads((folder / "chars.json").read_text("utf-8"))
+        found = [(concept, icon) for concept in concepts if (icon := _artwork(concept, icons, characters))]
+        svgs = [_svg(icon, icons) for _, icon in found]
+        with ProcessPoolExecutor() as pool:
+            rendered = pool.map(_render, svgs, [size] * len(svgs), chunksize=16)
+            for (concept, _), png in zip(found, rendered, strict=True):
+                if png is None:
+                    continue
+                record = Record(
+                    key=f"{style}-{concept.hexcode.lower()}",
+                    concept=concept.hexcode,
+                    style=style,
+                    split=_split(concept, style),
+                    source=chosen.source,
+                    licence=chosen.licence,
+                    captions=_captions(concept, chosen),
+                )
+                yield Picture(record=record, png=png)

@@ -1,0 +1,1 @@
+"""Ids in, more ids out; knows neither pixels nor strings."""

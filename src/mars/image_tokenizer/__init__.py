@@ -1,0 +1,1 @@
+"""Images to codes and back: our own VQ-GAN."""

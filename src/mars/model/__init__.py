@@ -1,0 +1,1 @@
+"""The transformer: it runs segments of ids and never sees a tokenizer."""

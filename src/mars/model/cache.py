@@ -1,0 +1,168 @@
+"""What positions leave behind for later ones: keys, values, and which of them are real.
+
+Layers without a visual expert are skipped by image positions, so they hold the keys of text only. There are therefore two
+tracks of columns, `all` and `text`; a layer reads one of them.
+
+    track all    | text text text pad | <img> c0 c1 ...
+    track text   | text text text pad |
+
+Letters: B batch, T new positions, S columns so far, G key/value heads, E head width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mars.errors import RequestError
+from mars.sequence.layout import Modality, Segment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """Keys and values of one row's text at the layers that image positions look at, without padding."""
+
+    keys: Tensor
+    """(visual layers, G, T, E)."""
+    values: Tensor
+    last_hidden: Tensor
+    """(D,) final hidden state of the last position."""
+
+
+class Cache:
+    """A cache that grows by concatenation, so that gradients flow through it: for training."""
+
+    def __init__(self, *, num_layers: int, visual_layers: Sequence[int]) -> None:
+        self.visual_layers = tuple(visual_layers)
+        self.keys: list[Tensor | None] = [None] * num_layers
+        self.values: list[Tensor | None] = [None] * num_layers
+        self.masks: dict[bool, Tensor | None] = {True: None, False: None}
+        """Real columns (B, S) of the tracks `all` (true) and `text` (false)."""
+        self.padded = {True: False, False: False}
+        self.lengths_B: Tensor | None = None
+        self.longest = 0
+        """At least as many positions as any row has."""
+
+    def begin(self, segment: Segment) -> tuple[Tensor, dict[bool, Tensor | None]]:
+        """Makes room for a segment.
+
+        Returns:
+            positions (B, T) of its ids in the joint sequence, and for each track the attention mask of its queries
+            over all columns, or null where every query sees every column.
+        """
+        ids = segment.ids
+        real = segment.mask if segment.mask is not None else torch.ones_like(ids, dtype=torch.bool)
+        lengths_B = self.lengths_B if self.lengths_B is not None else ids.new_zeros(len(ids))
+        counts_BT = real.cumsum(dim=1)
+        positions_BT = lengths_B[:, None] + (counts_BT - 1).clamp(min=0)
+        self.lengths_B = lengths_B + counts_BT[:, -1]
+        self.longest += ids.shape[1]
+        tracks = (True, False) if segment.modality is Modality.TEXT else (True,)
+        return positions_BT, {track: self._extend_mask(track, real, segment.mask is not None) for track in tracks}
+
+    def _extend_mask(self, track: bool, real: Tensor, padded: bool) -> Tensor | None:
+        before = self.masks[track]
+        after = real if before is None else torch.cat([before, real], dim=1)
+        self.masks[track] = after
+        self.padded[track] |= padded
+        return self._query_mask(track, after, real.shape[1])
+
+    def _query_mask(self, track: bool, columns_BS: Tensor, new: int) -> Tensor | None:
+        if new == 1 and not self.padded[track]:
+            return None
+        size = columns_BS.shape[1]
+        causal = torch.ones(new, size, dtype=torch.bool, device=columns_BS.device).tril(size - new)
+        return causal & columns_BS[:, None, None, :]
+
+    def extend(self, layer: int, k_BGTE: Tensor, v_BGTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds keys and values of the segment that was begun; returns all columns of the layer, (B, G, S, E)."""
+        keys, values = self.keys[layer], self.values[layer]
+        if keys is not None and values is not None:
+            k_BGTE, v_BGTE = torch.cat([keys, k_BGTE], dim=2), torch.cat([values, v_BGTE], dim=2)
+        self.keys[layer], self.values[layer] = k_BGTE, v_BGTE
+        return k_BGTE, v_BGTE
+
+    def prefixes(self, hidden_BTD: Tensor) -> list[Prefix]:
+        """Splits a cache that holds one text segment, whose final states are `hidden_BTD`, into its rows."""
+        assert self.lengths_B is not None
+        keys = torch.stack([key for layer in self.visual_layers if (key := self.keys[layer]) is not None], dim=1)
+        values = torch.stack([value for layer in self.visual_layers if (value := self.values[layer]) is not None], dim=1)
+        return [
+            Prefix(
+                keys=keys[row, :, :, :length].clone(),
+                values=values[row, :, :, :length].clone(),
+                last_hidden=hidden_BTD[row, length - 1].clone(),
+            )
+            for row, length in enumerate(self.lengths_B.tolist())
+        ]
+
+    def load(self, prefixes: Sequence[Prefix]) -> None:
+        """Fills an empty cache with the text of several rows, padded on the right. Only image segments may follow."""
+        lengths = [prefix.keys.shape[2] for prefix in prefixes]
+        longest = max(lengths)
+        layers, groups, _, width = prefixes[0].keys.shape
+        both = prefixes[0].keys.new_zeros(2, layers, len(prefixes), groups, longest, width)
+        for row, prefix in enumerate(prefixes):
+            both[0, :, row, :, : lengths[row]] = prefix.keys
+            both[1, :, row, :, : lengths[row]] = prefix.values
+        self.lengths_B = torch.tensor(lengths, device=both.device)
+        mask = torch.arange(longest, device=both.device) < self.lengths_B[:, None]
+        self.longest = longest
+        self._load_columns(both, mask)
+
+    def _load_columns(self, both: Tensor, mask_BS: Tensor) -> None:
+        for index, layer in enumerate(self.visual_layers):
+            self.keys[layer], self.values[layer] = both[0, index], both[1, index]
+        self.masks[True] = mask_BS
+        self.padded[True] = not bool(mask_BS.all())
+
+
+class StaticCache(Cache):
+    """A cache of fixed size, filled in place: for inference. It holds (layers, B, G, size, E) keys and values."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        visual_layers: Sequence[int],
+        batch: int,
+        size: int,
+        heads: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(num_layers=num_layers, visual_layers=visual_layers)
+        num_kv_heads, head_width = heads
+        self.size = size
+        self.store = torch.zeros(2, num_layers, batch, num_kv_heads, size, head_width, dtype=dtype, device=device)
+        self.columns = torch.zeros(2, batch, size, dtype=torch.bool, device=device)
+        """Real columns of the tracks `text` (0) and `all` (1)."""
+        self.used = {True: 0, False: 0}
+        self.new = 0
+
+    def _extend_mask(self, track: bool, real: Tensor, padded: bool) -> Tensor | None:
+        start, self.new = self.used[track], real.shape[1]
+        end = start + self.new
+        if end > self.size:
+            raise RequestError(f"the sequence must fit into {self.size} positions, got {end}; ask for less")
+        self.columns[int(track), :, start:end] = real
+        self.used[track] = end
+        self.padded[track] |= padded
+        return self._query_mask(track, self.columns[int(track), :, :end], self.new)
+
+    def extend(self, layer: int, k_BGTE: Tensor, v_BGTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes keys and values in place; returns a view of all columns of the layer, (B, G, S, E)."""
+        end = self.used[layer in self.visual_layers]
+        keys, values = self.store[0, layer], self.store[1, layer]
+        keys[:, :, end - self.new : end] = k_BGTE
+        values[:, :, end - self.new : end] = v_BGTE
+        return keys[:, :, :end], values[:, :, :end]
+
+    def _load_columns(self, both: Tensor, mask_BS: Tensor) -> None:
+        length = mask_BS.shape[1]
+        for index, layer in enumerate(self.visual_layers):
+            self.store[:, layer, :, :, :length] = both[:, index]
+        self.columns[1, :, :length] = mask_BS
+        self.used[True] = length
+        self.padded[True] = not bool(mask_BS.all())

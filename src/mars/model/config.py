@@ -1,0 +1,133 @@
+"""The shapes of a MARS transformer: the language model that it is built on, and its visual expert."""
+
+from dataclasses import dataclass, field
+
+from mars.errors import ConfigError
+
+
+def _positive(owner: str, **values: float) -> None:
+    for name, value in values.items():
+        if value <= 0:
+            raise ConfigError(f"{owner}.{name} must be greater than 0, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig:
+    """The frozen decoder LLM: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+
+    vocab_size: int
+    """Rows of the LLM's embedding table, padding rows included."""
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    ffn: int
+    """Width inside the feed-forward layers."""
+    rope_theta: float
+    norm_eps: float
+    max_positions: int
+    tied_embeddings: bool
+    """Whether the output head is the embedding table."""
+    qkv_bias: bool = False
+    """Qwen1 and Qwen2 add a bias to the query, key and value projections."""
+    qk_norm: bool = False
+    """Qwen3 normalises queries and keys per head."""
+
+    def __post_init__(self) -> None:
+        _positive(
+            "language",
+            vocab_size=self.vocab_size,
+            width=self.width,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_width=self.head_width,
+            ffn=self.ffn,
+            rope_theta=self.rope_theta,
+            norm_eps=self.norm_eps,
+            max_positions=self.max_positions,
+        )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"language.num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
+            )
+        if self.head_width % 2:
+            raise ConfigError(f"language.head_width must be even for rotary positions, got {self.head_width}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemVIEConfig:
+    """The visual expert (Semantic Vision-Language Integration Expert, arXiv 2407.07614); the defaults are the paper's."""
+
+    share_norms: bool = True
+    """One frozen norm before each router, as in the paper's figure; false gives the visual expert its own."""
+    duplicate_output: bool = True
+    """Whether attention's output projection is also duplicated (the paper leaves it open)."""
+    visual_width: int | None = None
+    """Width of the visual residual stream; null is the LLM's. Heads and head width always match the LLM's."""
+    visual_ffn: int | None = None
+    """Width inside the visual feed-forward layers; null is the LLM's."""
+    visual_layers: tuple[int, ...] | None = None
+    """Which layers have a visual expert; null is all. Image positions skip the others."""
+    init: str = "copy"
+    """`copy` starts the visual expert from the LLM's weights (needs equal widths), `random` does not."""
+    grid_embedding: bool = False
+    """Ours: learned row and column embeddings added at image positions. A pocket model learns its grid sooner."""
+    max_grid: int = 32
+    """Largest number of rows or of columns that the grid embedding knows."""
+
+    def __post_init__(self) -> None:
+        if self.init not in ("copy", "random"):
+            raise ConfigError(f"semvie.init must be 'copy' or 'random', got {self.init!r}")
+        if self.visual_layers is not None and not self.visual_layers:
+            raise ConfigError("semvie.visual_layers must name at least one layer, got none; leave it out for all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A whole MARS transformer."""
+
+    language: LanguageConfig
+    semvie: SemVIEConfig = field(default_factory=SemVIEConfig)
+    num_codes: int = 8192
+    """Size of the image tokenizer's codebook."""
+
+    def __post_init__(self) -> None:
+        _positive("model", num_codes=self.num_codes)
+        language, semvie = self.language, self.semvie
+        for layer in semvie.visual_layers or ():
+            if not 0 <= layer < language.num_layers:
+                raise ConfigError(
+                    f"semvie.visual_layers must lie in 0..{language.num_layers - 1}, got {layer}"
+                )
+        if self.visual_width != language.width:
+            if semvie.share_norms:
+                raise ConfigError(
+                    f"semvie.share_norms needs visual_width {language.width} (the LLM's), got {self.visual_width}; "
+                    "set share_norms = false"
+                )
+            if not semvie.duplicate_output:
+                raise ConfigError(
+                    f"semvie.duplicate_output = false needs visual_width {language.width}, got {self.visual_width}"
+                )
+        narrow = self.visual_width != language.width or self.visual_ffn != language.ffn
+        if narrow and semvie.init == "copy":
+            raise ConfigError("semvie.init = 'copy' needs the LLM's widths; set init = 'random' for a narrower expert")
+
+    @property
+    def visual_width(self) -> int:
+        """Width of the visual residual stream."""
+        return self.semvie.visual_width or self.language.width
+
+    @property
+    def visual_ffn(self) -> int:
+        """Width inside the visual feed-forward layers."""
+        return self.semvie.visual_ffn or self.language.ffn
+
+    @property
+    def visual_layers(self) -> tuple[int, ...]:
+        """The layers that have a visual expert, in order."""
+        if self.semvie.visual_layers is None:
+            return tuple(range(self.language.num_layers))
+        return tuple(sorted(set(self.semvie.visual_layers)))

@@ -1,0 +1,61 @@
+"""SemVIE: one decoder layer with two experts that meet only in attention.
+
+Which expert works on a position is decided by its modality (Semantic Vision-Language Integration Expert, arXiv
+2407.07614): `.language` is the frozen LLM's layer, `.visual` the trained one. Keys and values of both lie in one cache.
+
+Letters: B batch, T positions, S columns, D width of the segment's modality.
+"""
+
+from torch import Tensor, nn
+
+from mars.model.cache import Cache
+from mars.model.config import ModelConfig
+from mars.model.layers import Expert, attend, rotate
+from mars.sequence.layout import Modality
+
+
+class SemVIELayer(nn.Module):
+    """One layer. `visual` is None where the layer has no visual expert; image positions then skip it."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        language, semvie = config.language, config.semvie
+        heads = (language.num_heads, language.num_kv_heads, language.head_width)
+        self.language = Expert(
+            width=language.width,
+            ffn=language.ffn,
+            heads=heads,
+            eps=language.norm_eps,
+            qkv_bias=language.qkv_bias,
+            qk_norm=language.qk_norm,
+        )
+        self.visual: Expert | None = None
+        if index in config.visual_layers:
+            self.visual = Expert(
+                width=config.visual_width,
+                ffn=config.visual_ffn,
+                heads=heads,
+                eps=language.norm_eps,
+                qkv_bias=language.qkv_bias,
+                qk_norm=language.qk_norm,
+                own_norms=not semvie.share_norms,
+                own_output=semvie.duplicate_output,
+            )
+        self.share_norms = semvie.share_norms
+        self.qk_norm = language.qk_norm
+
+    def forward(self, x_BTD: Tensor, modality: Modality, *, cache: Cache, rotary: Tensor, mask: Tensor | None) -> Tensor:
+        """Runs one segment's positions and leaves their keys and values in the cache. (B, T, D), the same out."""
+        expert = self.language if modality is Modality.TEXT else self.visual
+        if expert is None:
+            return x_BTD
+        norms = self.language if self.share_norms else expert
+        q, k, v = expert.project(norms.attention_norm(x_BTD))
+        if self.qk_norm:
+            q, k = norms.q_norm(q), norms.k_norm(k)
+        keys, values = cache.extend(self.index, rotate(k, rotary), v)
+        mixed = attend(rotate(q, rotary), keys, values, mask)
+        output = expert.o_proj if hasattr(expert, "o_proj") else self.language.o_proj
+        x_BTD = x_BTD + output(mixed)
+        return x_BTD + expert.feed_forward(norms.ffn_norm(x_BTD))

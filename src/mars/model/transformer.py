@@ -1,0 +1,205 @@
+"""The MARS transformer: run one segment through the stack, reading and extending a cache. Nothing else.
+
+    for segment in sequence:
+        hidden = transformer(segment, cache)     # picks .language or .visual in every layer, once per segment
+
+Training, prompt prefill and decoding are the same code; only the cache differs.
+
+Letters: B batch, T positions, D width of the segment's modality, V text vocabulary.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from mars.model.cache import Cache, StaticCache
+from mars.model.config import ModelConfig
+from mars.model.layers import Expert, Linear, Norm, Rotary
+from mars.model.semvie import SemVIELayer
+from mars.sequence.layout import Modality, Segment
+from mars.sequence.vocabulary import Vocabulary
+
+NOISE = 0.02
+"""Standard deviation of the noise on visual rows, as a share of the text embeddings' own deviation where these exist."""
+
+
+def is_language(name: str) -> bool:
+    """Whether a parameter belongs to the frozen language expert."""
+    return name.startswith("language_") or ".language." in name
+
+
+class MarsTransformer(nn.Module):
+    """A frozen LLM and its visual expert.
+
+    Tables: `language_embedding` and `language_head` (absent when tied) are the LLM's; `visual_embedding` and
+    `visual_head` hold a row per code, special and dead id; `special_embedding` and `special_head` are the special ids as
+    text positions see them, in the LLM's width.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        language, width = config.language, config.visual_width
+        self.vocabulary = Vocabulary(text_size=language.vocab_size, num_codes=config.num_codes)
+        self.rotary = Rotary(language.head_width, theta=language.rope_theta)
+        self.language_embedding = nn.Embedding(language.vocab_size, language.width)
+        self.layers = nn.ModuleList(SemVIELayer(config, index) for index in range(language.num_layers))
+        self.language_norm = Norm(language.width, eps=language.norm_eps)
+        if not language.tied_embeddings:
+            self.language_head = Linear(language.width, language.vocab_size, bias=False)
+        specials = self.vocabulary.size - self.vocabulary.first_special
+        self.special_embedding = nn.Embedding(specials, language.width)
+        self.special_head = Linear(language.width, specials, bias=False)
+        self.visual_embedding = nn.Embedding(self.vocabulary.visual_rows, width)
+        self.visual_head = Linear(width, self.vocabulary.visual_rows, bias=False)
+        if not config.semvie.share_norms:
+            self.visual_norm = Norm(width, eps=language.norm_eps)
+        if config.semvie.grid_embedding:
+            self.visual_grid = nn.ParameterDict(
+                {side: torch.empty(config.semvie.max_grid + 1, width) for side in ("rows", "columns")}
+            )
+
+    def forward(self, segment: Segment, cache: Cache) -> Tensor:
+        """Runs a segment after what the cache holds; returns its final hidden states (B, T, D)."""
+        positions_BT, masks = cache.begin(segment)
+        x_BTD = self.embed(segment)
+        rotary = self.rotary.at(positions_BT, longest=cache.longest, dtype=x_BTD.dtype)
+        visual_layers = set(cache.visual_layers)
+        for index, layer in enumerate(self.layers):
+            if segment.modality is Modality.TEXT or index in visual_layers:
+                mask = masks[index in visual_layers]
+                x_BTD = layer(x_BTD, segment.modality, cache=cache, rotary=rotary, mask=mask)
+        if segment.modality is Modality.TEXT or self.config.semvie.share_norms:
+            return cast(Tensor, self.language_norm(x_BTD))
+        return cast(Tensor, self.visual_norm(x_BTD))
+
+    def embed(self, segment: Segment) -> Tensor:
+        """Ids of one modality to the first hidden states (B, T, D)."""
+        if segment.modality is Modality.TEXT:
+            first = self.vocabulary.first_special
+            text: Tensor = self.language_embedding(segment.ids.clamp(max=self.config.language.vocab_size - 1))
+            special = segment.ids >= first
+            if not bool(special.any()):
+                return text
+            rows: Tensor = self.special_embedding((segment.ids - first).clamp(min=0))
+            return torch.where(special[..., None], rows, text)
+        visual: Tensor = self.visual_embedding(segment.ids - self.vocabulary.first_code)
+        if self.config.semvie.grid_embedding:
+            places = torch.arange(segment.start, segment.start + segment.ids.shape[1], device=visual.device)
+            limit = self.config.semvie.max_grid
+            rows = self.visual_grid["rows"][(places // segment.columns).clamp(max=limit)]
+            visual = visual + rows + self.visual_grid["columns"][(places % segment.columns).clamp(max=limit)]
+        return visual
+
+    def text_logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits of text ids at text positions, (B, T, V): the LLM's own."""
+        if self.config.language.tied_embeddings:
+            return nn.functional.linear(hidden_BTD, self.language_embedding.weight)
+        return cast(Tensor, self.language_head(hidden_BTD))
+
+    def special_logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits of special and dead ids at text positions: how text predicts `<img>`."""
+        return cast(Tensor, self.special_head(hidden_BTD))
+
+    def visual_logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits of the visual rows at image positions: codes first, then special and dead ids."""
+        return cast(Tensor, self.visual_head(hidden_BTD))
+
+    def new_cache(self) -> Cache:
+        """A cache that grows, for training."""
+        return Cache(num_layers=self.config.language.num_layers, visual_layers=self.config.visual_layers)
+
+    def new_static_cache(self, *, batch: int, size: int) -> StaticCache:
+        """A cache for `batch` rows of at most `size` positions, for inference."""
+        language, weight = self.config.language, self.visual_embedding.weight
+        return StaticCache(
+            num_layers=language.num_layers,
+            visual_layers=self.config.visual_layers,
+            batch=batch,
+            size=size,
+            heads=(language.num_kv_heads, language.head_width),
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def language_tensors(self) -> dict[str, Tensor]:
+        """The frozen language expert, by name."""
+        return {name: weight for name, weight in self.named_parameters() if is_language(name)}
+
+    def visual_tensors(self) -> dict[str, Tensor]:
+        """Everything that is trained, by name."""
+        return {name: weight for name, weight in self.named_parameters() if not is_language(name)}
+
+
+def build_transformer(config: ModelConfig, language: Mapping[str, Tensor]) -> MarsTransformer:
+    """A transformer around the given language tensors (used as they are, not copied); the visual side is left empty.
+
+    The language expert is frozen by `requires_grad`, so gradients still pass through it.
+    """
+    with torch.device("meta"):
+        transformer = MarsTransformer(config)
+    transformer.load_state_dict(dict(language), strict=False, assign=True)
+    for name, weight in transformer.named_parameters():
+        if is_language(name):
+            assert not weight.is_meta, f"the language model lacks {name}"
+            weight.requires_grad_(False)
+    for module in transformer.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight.is_meta:
+                replacement = nn.Parameter(torch.empty_like(weight, device="cpu"))
+                if isinstance(module, nn.ParameterDict):
+                    module[name] = replacement
+                else:
+                    setattr(module, name, replacement)
+    return transformer
+
+
+@torch.no_grad()
+def start_visual(transformer: MarsTransformer, *, generator: torch.Generator) -> None:
+    """Gives the visual side its starting weights.
+
+    Tables start at the mean of the text embeddings plus a little noise (a table narrower than the LLM's, where no such
+    mean exists, at noise alone). Experts start as a copy of the LLM's layers, or at random with silent outputs.
+    """
+    config = transformer.config
+    text = transformer.language_embedding.weight
+    mean, deviation = text.mean(dim=0), float(text.std())
+    for name, weight in transformer.visual_tensors().items():
+        if ".visual." in name:
+            continue
+        if weight.dim() == 1:
+            weight.copy_(transformer.language_norm.weight if len(weight) == len(mean) else torch.ones_like(weight))
+            continue
+        weight.normal_(0, 1, generator=generator)
+        if name.startswith("visual_grid"):
+            weight.mul_(0 if config.semvie.init == "copy" else NOISE)
+        elif weight.shape[1] == len(mean):
+            weight.mul_(deviation * NOISE).add_(mean)
+        else:
+            weight.mul_(NOISE)
+    for language, visual in _layer_pairs(transformer):
+        if config.semvie.init == "copy":
+            wanted = language.state_dict()
+            for name, weight in visual.named_parameters():
+                weight.copy_(wanted[name])
+        else:
+            _start_random(visual, generator)
+
+
+def _layer_pairs(transformer: MarsTransformer) -> Iterator[tuple[Expert, Expert]]:
+    for layer in transformer.layers:
+        assert isinstance(layer, SemVIELayer)
+        if layer.visual is not None:
+            yield layer.language, layer.visual
+
+
+def _start_random(expert: Expert, generator: torch.Generator) -> None:
+    for name, weight in expert.named_parameters():
+        if weight.dim() == 1:
+            weight.fill_(0.0 if name.endswith("bias") else 1.0)
+        elif name.startswith(("o_proj", "down_proj")):
+            weight.zero_()  # every layer starts as the identity
+        else:
+            weight.normal_(0, weight.shape[1] ** -0.5, generator=generator)

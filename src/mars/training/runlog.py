@@ -1,0 +1,48 @@
+"""What a run leaves behind to look at: `log.jsonl`, and TensorBoard events where the package is installed."""
+
+import json
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+
+class RunLog:
+    """Appends to a run's folder; a resumed run drops what an earlier one wrote beyond its checkpoint."""
+
+    def __init__(self, folder: Path, *, step: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "log.jsonl"
+        if path.is_file():
+            lines = path.read_text("utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            path.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+        self.file = path.open("a", encoding="utf-8")
+        self.board: Any = None
+        if find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)  # type: ignore[no-untyped-call]
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line of numbers."""
+        self.file.write(json.dumps({"step": step, "time": round(time.time(), 1), **values}) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
+        """One picture, to TensorBoard only."""
+        if self.board is not None:
+            import numpy as np
+
+            self.board.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Ends the log."""
+        self.file.close()
+        if self.board is not None:
+            self.board.close()

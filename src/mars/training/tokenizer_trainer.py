@@ -1,0 +1,301 @@
+"""Trains the image tokenizer: a plain auto-encoder first, then k-means, then a quantized one, and late an adversary."""
+
+import io
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from mars.checkpoint import load_into, read_json, read_tensors, save_tensors, write_json
+from mars.config import to_dict
+from mars.data.shards import read_pictures
+from mars.errors import ConfigError, DataError
+from mars.image_tokenizer.config import ImageTokenizerConfig
+from mars.image_tokenizer.losses import (
+    PatchDiscriminator,
+    PerceptualDistance,
+    adversarial_weight,
+    discriminator_loss,
+)
+from mars.image_tokenizer.metrics import codebook_statistics, psnr
+from mars.image_tokenizer.model import ImageTokenizer, reconstruct
+from mars.image_tokenizer.quantizer import CodebookTrainer
+from mars.training.runlog import RunLog
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTrainingConfig:
+    """A run that trains an image tokenizer."""
+
+    data: tuple[Path, ...]
+    """Picture shards; the split `train` is trained on, all others are held out."""
+    out: Path
+    tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
+    start_from: Path | None = None
+    """A tokenizer to continue from, as a folder; null starts from nothing."""
+    decoder_only: bool = False
+    """Keep the encoder and the codebook, so that codes stay what they are."""
+    steps: int
+    batch_size: int = 32
+    crop: int = 64
+    """Pixels of the random crops of the first part."""
+    full_from: float = 0.7
+    """Share of the run after which whole pictures replace crops (with the batch made smaller in proportion)."""
+    quantize_from: int = 500
+    """Step at which k-means places the codebook and quantization begins."""
+    learning_rate: float = 1e-3
+    warmup: int = 50
+    l1_weight: float = 1.0
+    l2_weight: float = 4.0
+    commitment: float = 0.25
+    perceptual_weight: float = 0.1
+    perceptual_share: float = 0.125
+    """Share of each batch that the perceptual loss looks at; it costs more than the tokenizer itself."""
+    adversarial_from: int | None = None
+    """Step at which the patch adversary is switched on; null never."""
+    adversarial_weight: float = 0.1
+    seed: int = 0
+    report_every: int = 250
+    save_every: int = 250
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "crop", "learning_rate", "report_every", "save_every"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be greater than 0, got {getattr(self, name)}")
+        if self.crop % self.tokenizer.factor:
+            raise ConfigError(f"crop must be a multiple of {self.tokenizer.factor}, got {self.crop}")
+        if self.decoder_only and self.start_from is None:
+            raise ConfigError("decoder_only needs start_from, the tokenizer whose codes are kept")
+
+
+def save_tokenizer(folder: Path, tokenizer: ImageTokenizer, *, dtype: torch.dtype = torch.float32) -> None:
+    """Writes `image_tokenizer.json` and `image_tokenizer.safetensors`."""
+    tensors = {name: tensor.to(dtype) for name, tensor in tokenizer.state_dict().items()}
+    save_tensors(folder / "image_tokenizer.safetensors", tensors)
+    write_json(folder / "image_tokenizer.json", to_dict(tokenizer.config))
+
+
+def load_pictures(shards: Iterable[Path]) -> tuple[Tensor, Tensor]:
+    """Training and held-out pictures of picture shards, each (N, 3, height, width) uint8."""
+    train, held_out = [], []
+    for shard in shards:
+        for picture in read_pictures(shard):
+            pixels = np.asarray(Image.open(io.BytesIO(picture.png)).convert("RGB"))
+            (train if picture.record.split == "train" else held_out).append(torch.from_numpy(pixels.copy()))
+    if not train or not held_out:
+        raise DataError(f"training needs pictures to train on and to hold out, got {len(train)} and {len(held_out)}")
+    if len({tuple(picture.shape) for picture in train + held_out}) > 1:
+        raise DataError("pictures of a tokenizer's training set must share one size, got several")
+    return torch.stack(train).permute(0, 3, 1, 2), torch.stack(held_out).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def evaluate_tokenizer(
+    tokenizer: ImageTokenizer, pictures: Tensor, *, perceptual: PerceptualDistance | None = None
+) -> dict[str, float]:
+    """PSNR (mean over pictures, dB), SSIM, perceptual distance, codebook usage and perplexity over uint8 pictures."""
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    tokenizer.eval()
+    noise, similar, distance, codes = [], [], [], []
+    for chunk in pictures.split(64):
+        images = chunk.float() / 255
+        rebuilt, chunk_codes = reconstruct(tokenizer, images)
+        noise.append(psnr(rebuilt, images))
+        similar.append(ssim(rebuilt, images, data_range=1.0, reduction="none"))
+        if perceptual is not None:
+            distance += [perceptual(one[None], other[None]) for one, other in zip(rebuilt, images, strict=True)]
+        codes.append(chunk_codes)
+    tokenizer.train()
+    report = {"psnr": float(torch.cat(noise).mean()), "ssim": float(torch.cat(similar).mean())}  # type: ignore[arg-type]
+    if distance:
+        report["perceptual"] = float(torch.stack(distance).mean())
+    return report | codebook_statistics(torch.cat(codes), tokenizer.config.num_codes)
+
+
+@torch.no_grad()
+def reconstruction_grid(tokenizer: ImageTokenizer, pictures: Tensor, *, columns: int = 12) -> Image.Image:
+    """Pictures above their reconstructions, two rows of pictures."""
+    images = pictures[: 2 * columns].float() / 255
+    tokenizer.eval()
+    rebuilt, _ = reconstruct(tokenizer, images)
+    tokenizer.train()
+    rows = [images[:columns], rebuilt[:columns], images[columns:], rebuilt[columns:]]
+    strips = [torch.cat(list(row), dim=2) for row in rows if len(row)]
+    pixels = (torch.cat(strips, dim=1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels)
+
+
+class TokenizerTrainer:
+    """Runs a `TokenizerTrainingConfig`; a second run over the same folder continues the first."""
+
+    def __init__(self, config: TokenizerTrainingConfig) -> None:
+        self.config = config
+        self.generator = torch.Generator().manual_seed(config.seed)
+        torch.manual_seed(config.seed)
+        self.tokenizer = ImageTokenizer(config.tokenizer).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.start_from is not None:
+            tensors = read_tensors(config.start_from / "image_tokenizer.safetensors")
+            load_into(self.tokenizer, tensors, where=str(config.start_from))
+        if config.decoder_only:
+            for part in (self.tokenizer.encoder, self.tokenizer.quant_conv, self.tokenizer.quantizer):
+                part.requires_grad_(False)
+        self.codebook = CodebookTrainer(self.tokenizer.quantizer)
+        self.tokenizer.quantizer.requires_grad_(False)
+        trained = [weight for weight in self.tokenizer.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=1e-4)
+        self.perceptual = PerceptualDistance() if config.perceptual_weight else None
+        self.discriminator = PatchDiscriminator()
+        self.discriminator_optimizer = torch.optim.AdamW(
+            self.discriminator.parameters(), lr=config.learning_rate / 2, betas=(0.5, 0.9)
+        )
+        self.step = 0
+        if (config.out / "state.json").is_file():
+            self._resume()
+
+    def train(self, notify: Callable[[str], None] = print) -> dict[str, float]:
+        """Trains to the last step, saves, and returns the held-out report."""
+        config = self.config
+        pictures, held_out = load_pictures(config.data)
+        log = RunLog(config.out, step=self.step)
+        started = time.perf_counter()
+        while self.step < config.steps:
+            losses = self.train_step(pictures)
+            self.step += 1
+            if self.step % 25 == 0:
+                pace = 25 / (time.perf_counter() - started)
+                started = time.perf_counter()
+                log.write(self.step, {**losses, "steps_per_second": pace})
+                left = (config.steps - self.step) / pace / 60
+                notify(f"step {self.step}/{config.steps} loss {losses['loss']:.4f} {pace:.2f} steps/s {left:.0f} min left")
+            if self.step % config.report_every == 0:
+                report = evaluate_tokenizer(self.tokenizer, held_out[:256])
+                log.write(self.step, {f"held_out_{name}": value for name, value in report.items()})
+                notify("  ".join(f"{name} {value:.3f}" for name, value in report.items()))
+                reconstruction_grid(self.tokenizer, held_out).save(config.out / "reconstructions.png")
+                started = time.perf_counter()
+            if self.step % config.save_every == 0 or self.step == config.steps:
+                self.save()
+        report = evaluate_tokenizer(self.tokenizer, held_out, perceptual=self.perceptual)
+        reconstruction_grid(self.tokenizer, held_out).save(config.out / "reconstructions.png")
+        write_json(config.out / "report.json", {**report, "held_out_pictures": len(held_out), "steps": self.step})
+        log.close()
+        return report
+
+    def train_step(self, pictures: Tensor) -> dict[str, float]:
+        """One step on uint8 pictures (N, 3, height, width); returns its losses."""
+        config = self.config
+        quantizing = self.step >= config.quantize_from or config.start_from is not None
+        if self.step == config.quantize_from and config.start_from is None:
+            self._start_codebook(pictures)
+        images = self._batch(pictures)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * self._rate()
+        vectors = self.tokenizer.to_vectors(images)
+        parts: dict[str, Tensor] = {}
+        if quantizing:
+            vectors, parts["commitment"] = self._quantize(vectors)
+        rebuilt = self.tokenizer.to_images(vectors)
+        low, high = config.tokenizer.pixel_range
+        error = (rebuilt - images) * (high - low)
+        parts["pixel"] = config.l1_weight * error.abs().mean() + config.l2_weight * error.square().mean()
+        if self.perceptual is not None:
+            seen = max(1, round(len(images) * config.perceptual_share))
+            parts["perceptual"] = config.perceptual_weight * self.perceptual(rebuilt[:seen], images[:seen])
+        loss = torch.stack(list(parts.values())).sum()
+        if config.adversarial_from is not None and self.step >= config.adversarial_from:
+            parts["adversarial"] = self._adversarial(loss, rebuilt, images)
+            loss = loss + parts["adversarial"]
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0)
+        self.optimizer.step()
+        return {"loss": float(loss)} | {name: float(part) for name, part in parts.items()}
+
+    def save(self) -> None:
+        """Writes the tokenizer, and beside it what a resumed run needs."""
+        out = self.config.out
+        state = {f"codebook.{name}": tensor for name, tensor in self.codebook.state().items()}
+        state |= {f"discriminator.{name}": tensor for name, tensor in self.discriminator.state_dict().items()}
+        state["generator"] = self.generator.get_state()
+        for label, optimizer in (("optimizer", self.optimizer), ("critic", self.discriminator_optimizer)):
+            for index, slots in optimizer.state_dict()["state"].items():
+                state |= {f"{label}.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
+        save_tokenizer(out, self.tokenizer)
+        save_tensors(out / "state.safetensors", state)
+        write_json(out / "state.json", {"step": self.step})
+
+    def _resume(self) -> None:
+        out = self.config.out
+        load_into(self.tokenizer, read_tensors(out / "image_tokenizer.safetensors"), where=str(out))
+        state = read_tensors(out / "state.safetensors")
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+        self.codebook.load_state(part("codebook."))
+        load_into(self.discriminator, part("discriminator."), where=str(out))
+        self.generator.set_state(state["generator"])
+        for label, optimizer in (("optimizer.", self.optimizer), ("critic.", self.discriminator_optimizer)):
+            slots: dict[int, dict[str, Tensor]] = {}
+            for name, value in part(label).items():
+                index, slot = name.split(".")
+                slots.setdefault(int(index), {})[slot] = value
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+        self.step = int(read_json(out / "state.json")["step"])
+
+    def _rate(self) -> float:
+        """Warm-up, then a cosine to 2 %."""
+        warm = min(1.0, (self.step + 1) / max(1, self.config.warmup))
+        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / self.config.steps)))
+
+    def _batch(self, pictures: Tensor) -> Tensor:
+        """Random crops first, whole pictures later, as (B, 3, height, width) in 0..1."""
+        config, (height, width) = self.config, pictures.shape[-2:]
+        whole = self.step >= config.full_from * config.steps
+        crop = min(height, width) if whole else min(config.crop, height, width)
+        size = max(1, config.batch_size * config.crop**2 // crop**2)
+        chosen = torch.randint(len(pictures), (size,), generator=self.generator).tolist()
+        tops = torch.randint(height - crop + 1, (size,), generator=self.generator).tolist()
+        lefts = torch.randint(width - crop + 1, (size,), generator=self.generator).tolist()
+        crops = [
+            pictures[index, :, top : top + crop, left : left + crop]
+            for index, top, left in zip(chosen, tops, lefts, strict=True)
+        ]
+        return (torch.stack(crops).float() / 255).contiguous(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def _start_codebook(self, pictures: Tensor) -> None:
+        vectors: list[Tensor] = []
+        while sum(map(len, vectors)) < 8 * self.config.tokenizer.num_codes:
+            found = self.tokenizer.to_vectors(self._batch(pictures))
+            vectors.append(found.permute(0, 2, 3, 1).reshape(-1, found.shape[1]))
+        self.codebook.start(torch.cat(vectors), generator=self.generator)
+
+    def _quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors (B, Z, R, C) to codebook vectors with a straight-through gradient, and the commitment loss."""
+        flat_NZ = vectors.permute(0, 2, 3, 1).reshape(-1, vectors.shape[1])
+        with torch.no_grad():
+            codes_N = self.tokenizer.quantizer.encode(flat_NZ)
+            if not self.config.decoder_only:
+                self.codebook.update(flat_NZ, codes_N, generator=self.generator)
+        chosen = self.tokenizer.quantizer.decode(codes_N).view(vectors.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+        commitment = self.config.commitment * F.mse_loss(vectors, chosen)
+        return vectors + (chosen - vectors).detach(), commitment
+
+    def _adversarial(self, reconstruction: Tensor, rebuilt: Tensor, images: Tensor) -> Tensor:
+        """Trains the discriminator one step; returns the decoder's share of the game."""
+        judged = discriminator_loss(self.discriminator(images), self.discriminator(rebuilt.detach()))
+        self.discriminator_optimizer.zero_grad(set_to_none=True)
+        judged.backward()  # type: ignore[no-untyped-call]
+        self.discriminator_optimizer.step()
+        fooled = -self.discriminator(rebuilt).mean()
+        balance = adversarial_weight(reconstruction, fooled, self.tokenizer.decoder.last_weight)
+        return self.config.adversarial_weight * balance * fooled
