@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mars.errors import CheckpointError
+from mars.config import from_dict, to_dict
+from mars.errors import CheckpointError, ConfigError, ModelError
+from mars.image_tokenizer.config import ImageTokenizerConfig
+from mars.image_tokenizer.model import ImageTokenizer
+from mars.model.base_llm import open_base_llm
+from mars.model.config import ModelConfig
+from mars.model.transformer import MarsTransformer, build_transformer
+from mars.sequence.text import TextTokenizer
 
 
 @contextmanager
@@ -148,3 +156,137 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return f"sha256:{total.hexdigest()}"
 
 
+
+
+FORMAT = "mars-1"
+"""Version of the folder's layout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What a model's folder says of it, beside the shapes."""
+
+    name: str
+    language: str
+    """Where the LLM comes from, as `open_base_llm` takes it."""
+    language_digest: str
+    grids: tuple[tuple[int, int], ...]
+    """(rows, columns) of the code grids that it was trained on."""
+    format: str = FORMAT
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarsModel:
+    """A model in memory: everything that turns a prompt into a picture."""
+
+    info: ModelInfo
+    transformer: MarsTransformer
+    image_tokenizer: ImageTokenizer
+    text_tokenizer: TextTokenizer
+    visual_digest: str
+    """Digest of the visual expert and of the image tokenizer together, as stored."""
+
+
+def save_image_tokenizer(folder: Path, tokenizer: ImageTokenizer, *, dtype: torch.dtype = torch.float32) -> None:
+    """Writes `image_tokenizer.json` and `image_tokenizer.safetensors`."""
+    tensors = {name: tensor.to(dtype) for name, tensor in tokenizer.state_dict().items()}
+    save_tensors(folder / "image_tokenizer.safetensors", tensors)
+    write_json(folder / "image_tokenizer.json", to_dict(tokenizer.config))
+
+
+def load_image_tokenizer(folder: Path) -> tuple[ImageTokenizer, dict[str, Tensor]]:
+    """The image tokenizer of a folder, in fp32, and its tensors as stored.
+
+    Raises:
+        CheckpointError: if a file is missing, damaged or does not fit.
+    """
+    table = read_json(folder / "image_tokenizer.json")
+    tensors = read_tensors(folder / "image_tokenizer.safetensors")
+    try:
+        tokenizer = ImageTokenizer(from_dict(ImageTokenizerConfig, table, where="image_tokenizer."))
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / 'image_tokenizer.json'} is wrong: {error}") from None
+    load_into(tokenizer, tensors, where=str(folder / "image_tokenizer.safetensors"))
+    return tokenizer.eval().requires_grad_(False), tensors
+
+
+def codes_digest(tokenizer: ImageTokenizer) -> str:
+    """Digest of what decides codes: encoder and codebook. Training the decoder alone does not change it."""
+    parts = ("encoder.", "quant_conv.", "quantizer.")
+    halves = {name: tensor.half() for name, tensor in tokenizer.state_dict().items() if name.startswith(parts)}
+    return digest(halves)
+
+
+def save_model(
+    folder: Path,
+    *,
+    info: ModelInfo,
+    transformer: MarsTransformer,
+    image_tokenizer: ImageTokenizer,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Writes the visual side of a model into an existing folder; the LLM is only named.
+
+    Raises:
+        CheckpointError: if a file cannot be written.
+    """
+    tensors = {name: tensor.detach().to(dtype) for name, tensor in transformer.visual_tensors().items()}
+    save_tensors(folder / "visual.safetensors", tensors)
+    save_image_tokenizer(folder, image_tokenizer, dtype=dtype)
+    write_json(folder / "config.json", {**to_dict(info), "model": to_dict(transformer.config)})
+
+
+def read_info(folder: Path) -> tuple[ModelInfo, ModelConfig]:
+    """What `config.json` says.
+
+    Raises:
+        CheckpointError: if it is missing or wrong.
+    """
+    table = read_json(folder / "config.json")
+    shapes = table.pop("model", None)
+    if table.get("format") != FORMAT or not isinstance(shapes, dict):
+        raise CheckpointError(
+            f"{folder / 'config.json'} must be of format {FORMAT!r} and name a model, got {table.get('format')!r}"
+        )
+    try:
+        return from_dict(ModelInfo, table), from_dict(ModelConfig, shapes, where="model.")
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / 'config.json'} is wrong: {error}") from None
+
+
+def load_model(folder: Path, *, notify: Callable[[str], None] | None = None) -> MarsModel:
+    """Opens a model's folder and the LLM that it names, in fp32.
+
+    Raises:
+        CheckpointError: if the folder is damaged, or the LLM is not the one that the model was trained on.
+        ModelError: if the LLM cannot be found.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"no model at {folder}; name a folder that holds config.json and visual.safetensors")
+    info, config = read_info(folder)
+    stored = read_tensors(folder / "visual.safetensors")
+    llm = open_base_llm(info.language, notify=notify)
+    if llm.digest != info.language_digest:
+        raise CheckpointError(
+            f"{info.name} was trained on the LLM {info.language_digest[:19]}…, but {info.language} is {llm.digest[:19]}…"
+        )
+    if llm.config != config.language:
+        raise CheckpointError(f"{folder / 'config.json'} does not describe {info.language}; its [language] part is wrong")
+    transformer = build_transformer(config, llm.tensors)
+    visual = transformer.visual_tensors()
+    check_tensors(stored, visual, where=str(folder / "visual.safetensors"))
+    with torch.no_grad():
+        for name, weight in visual.items():
+            weight.copy_(stored[name])
+    image_tokenizer, codec = load_image_tokenizer(folder)
+    if image_tokenizer.config.num_codes != config.num_codes:
+        raise CheckpointError(
+            f"{folder} needs an image tokenizer of {config.num_codes} codes, got {image_tokenizer.config.num_codes}"
+        )
+    return MarsModel(
+        info=info,
+        transformer=transformer.eval(),
+        image_tokenizer=image_tokenizer,
+        text_tokenizer=TextTokenizer(llm.tokenizer, config=llm.tokenizer_config),
+        visual_digest=digest({**stored, **{f"image_tokenizer.{name}": tensor for name, tensor in codec.items()}}),
+    )

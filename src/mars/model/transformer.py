@@ -8,17 +8,17 @@ Training, prompt prefill and decoding are the same code; only the cache differs.
 Letters: B batch, T positions, D width of the segment's modality, V text vocabulary.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from mars.model.cache import Cache, StaticCache
+from mars.model.cache import Cache, Prefix, StaticCache
 from mars.model.config import ModelConfig
 from mars.model.layers import Expert, Linear, Norm, Rotary
 from mars.model.semvie import SemVIELayer
-from mars.sequence.layout import Modality, Segment
+from mars.sequence.layout import Modality, Segment, text_segment
 from mars.sequence.vocabulary import Vocabulary
 
 NOISE = 0.02
@@ -131,6 +131,14 @@ class MarsTransformer(nn.Module):
     def visual_tensors(self) -> dict[str, Tensor]:
         """Everything that is trained, by name."""
         return {name: weight for name, weight in self.named_parameters() if not is_language(name)}
+
+
+@torch.no_grad()
+def read_prefixes(transformer: MarsTransformer, rows: Sequence[Sequence[int]]) -> list[Prefix]:
+    """Runs rows of text ids through the language expert alone; what image positions will look back at, row by row."""
+    cache = transformer.new_cache()
+    hidden_BTD = transformer(text_segment(rows), cache)
+    return cache.prefixes(hidden_BTD)
 
 
 def build_transformer(config: ModelConfig, language: Mapping[str, Tensor]) -> MarsTransformer:

@@ -81,8 +81,11 @@ def read_image(codes_BRC: Tensor, vocabulary: Vocabulary) -> Segment:
     return Segment(modality=Modality.IMAGE, ids=torch.cat([start, ids], dim=1), columns=codes_BRC.shape[2])
 
 
-def written_text(rows: Sequence[Sequence[int]], vocabulary: Vocabulary, *, end: int) -> Segment:
-    """Text that follows an image: `</img>` and the caption, each predicting the next id, `end` last."""
-    ids, mask = pad([[vocabulary.image_end, *row] for row in rows], fill=0)
-    targets, _ = pad([[*row, end] for row in rows], fill=IGNORE)
+def written_text(
+    rows: Sequence[Sequence[int]], vocabulary: Vocabulary, *, hints: Sequence[Sequence[int]], end: int
+) -> Segment:
+    """Text that follows an image: `</img>`, a hint that is only read, and the caption, which is predicted, `end` last."""
+    pairs = list(zip(hints, rows, strict=True))
+    ids, mask = pad([[vocabulary.image_end, *hint, *row] for hint, row in pairs], fill=0)
+    targets, _ = pad([[IGNORE] * len(hint) + [*row, end] for hint, row in pairs], fill=IGNORE)
     return Segment(modality=Modality.TEXT, ids=ids, mask=mask, targets=targets)

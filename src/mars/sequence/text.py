@@ -13,6 +13,10 @@ from tokenizers import Tokenizer
 from mars.errors import ModelError, PromptError
 
 
+CAPTION_HINTS = {"en": "English:", "zh": "中文："}
+"""What a caption begins with, so that its language can be chosen; ours."""
+
+
 def _raise(message: str) -> NoReturn:
     raise TemplateError(message)
 

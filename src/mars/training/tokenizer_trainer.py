@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,8 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mars.checkpoint import load_into, read_json, read_tensors, save_tensors, write_json
-from mars.config import to_dict
+from mars.checkpoint import load_into, read_json, read_tensors, save_image_tokenizer, save_tensors, write_json
 from mars.data.shards import read_pictures
 from mars.errors import ConfigError, DataError
 from mars.image_tokenizer.config import ImageTokenizerConfig
@@ -34,6 +34,7 @@ from mars.training.runlog import RunLog
 class TokenizerTrainingConfig:
     """A run that trains an image tokenizer."""
 
+    stage: Literal["tokenizer"] = "tokenizer"
     data: tuple[Path, ...]
     """Picture shards; the split `train` is trained on, all others are held out."""
     out: Path
@@ -73,13 +74,6 @@ class TokenizerTrainingConfig:
             raise ConfigError(f"crop must be a multiple of {self.tokenizer.factor}, got {self.crop}")
         if self.decoder_only and self.start_from is None:
             raise ConfigError("decoder_only needs start_from, the tokenizer whose codes are kept")
-
-
-def save_tokenizer(folder: Path, tokenizer: ImageTokenizer, *, dtype: torch.dtype = torch.float32) -> None:
-    """Writes `image_tokenizer.json` and `image_tokenizer.safetensors`."""
-    tensors = {name: tensor.to(dtype) for name, tensor in tokenizer.state_dict().items()}
-    save_tensors(folder / "image_tokenizer.safetensors", tensors)
-    write_json(folder / "image_tokenizer.json", to_dict(tokenizer.config))
 
 
 def load_pictures(shards: Iterable[Path]) -> tuple[Tensor, Tensor]:
@@ -228,7 +222,7 @@ class TokenizerTrainer:
         for label, optimizer in (("optimizer", self.optimizer), ("critic", self.discriminator_optimizer)):
             for index, slots in optimizer.state_dict()["state"].items():
                 state |= {f"{label}.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
-        save_tokenizer(out, self.tokenizer)
+        save_image_tokenizer(out, self.tokenizer)
         save_tensors(out / "state.safetensors", state)
         write_json(out / "state.json", {"step": self.step})
 

@@ -1,0 +1,286 @@
+"""The command line. Heavy imports happen inside the commands, so that `mars --help` is instant."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: waiting threads sleep
+
+import typer
+
+from mars.errors import MarsError, PromptError, RequestError
+
+if TYPE_CHECKING:
+    from mars.pipeline import Generated, MarsPipeline
+
+app = typer.Typer(
+    name="mars",
+    help='Text to image by a frozen language model and a trained visual expert. `mars "a red apple"` draws one.',
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Make and encode picture sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Model = Annotated[str | None, typer.Option("--model", "-m", help="A model's folder; default: the one that comes along.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.", is_eager=True)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)  # noqa: T201
+
+
+def _open(model: str | None) -> "MarsPipeline":
+    from mars.pipeline import MarsPipeline
+
+    return MarsPipeline.from_pretrained(model, notify=_say)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on standard error when that is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _prompts(words: list[str]) -> list[str]:
+    if words == ["-"]:
+        prompts = [line.strip() for line in sys.stdin if line.strip()]
+        if not prompts:
+            raise PromptError("standard input must hold a prompt per line, got none")
+        return prompts
+    return [" ".join(words)]
+
+
+def _targets(out: Path, count: int) -> list[Path]:
+    """Files for `count` pictures: `out` itself for one, numbered beside it (or inside it, a folder) for more."""
+    if out.is_dir() or not out.suffix:
+        return [out / f"{index:04d}.png" for index in range(count)]
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise RequestError(f"--out must end in .png, .jpg or .webp, or name a folder, got {out}")
+    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{index:04d}") for index in range(count)]
+
+
+def _save(drawn: "Generated", out: Path) -> list[Path]:
+    """Writes all pictures, each whole or not at all."""
+    targets = _targets(out, len(drawn.images))
+    for image, target in zip(drawn.images, targets, strict=True):
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            kind = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(target.suffix.lower(), "PNG")
+            image.save(partial, format=kind)
+            partial.replace(target)
+        except OSError as error:
+            raise RequestError(f"cannot write {target}: {error.strerror or error}") from None
+        finally:
+            if partial.parent.is_dir():
+                partial.unlink(missing_ok=True)
+    return targets
+
+
+@app.command()
+def generate(
+    prompt: Annotated[list[str], typer.Argument(help="What to draw; `-` reads one prompt a line from standard input.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A picture file, or a folder for several.")] = Path("mars.png"),
+    n: Annotated[int, typer.Option("--n", "-n", help="Pictures per prompt.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="The same seed draws the same picture.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; default: what the model was trained on.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="How closely to follow the prompt; 1 is no guidance.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest code.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Choose among this many codes; 0 is all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Choose among codes of this share of probability.")] = None,
+    negative: Annotated[str, typer.Option(help="What guidance moves away from.")] = "",
+    model: Model = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw pictures for a prompt, in English or Chinese."""
+    from dataclasses import replace
+
+    from mars.pipeline import DEFAULT_SAMPLING
+
+    prompts = _prompts(prompt)
+    asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling = replace(DEFAULT_SAMPLING, **{name: value for name, value in asked.items() if value is not None})
+    _targets(out, 1)
+    pipe = _open(model)
+    with _progress("drawing") as progress:
+        drawn = pipe(
+            prompts, n=n, seed=seed, width=width, height=height, negative_prompt=negative, sampling=sampling,
+            progress=progress,
+        )  # fmt: skip
+    files = _save(drawn, out)
+    if as_json:
+        pictures = [
+            {"file": str(file), "prompt": text, "seed": number}
+            for file, text, number in zip(files, drawn.prompts, drawn.seeds, strict=True)
+        ]
+        typer.echo(json.dumps({"pictures": pictures, "seconds": drawn.seconds}, ensure_ascii=False))
+        return
+    for file, number in zip(files, drawn.seeds, strict=True):
+        typer.echo(f"{file}  (seed {number})")
+
+
+@app.command()
+def caption(
+    image: Annotated[Path, typer.Argument(help="A PNG, JPEG or WebP file.")],
+    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+    model: Model = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a picture shows."""
+    from mars.picture import open_picture
+
+    picture = open_picture(image)
+    text = _open(model).caption(picture, language=lang)
+    typer.echo(json.dumps({"file": str(image), "caption": text}, ensure_ascii=False) if as_json else text)
+
+
+@app.command()
+def chat(
+    text: Annotated[list[str], typer.Argument(help="What to say; `-` reads standard input.")],
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
+    model: Model = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Talk to the base language model, which painting has not changed."""
+    said = sys.stdin.read() if text == ["-"] else " ".join(text)
+    if not said.strip():
+        raise PromptError("the text must not be empty; say something")
+    if as_json:
+        answer = _open(model).chat(said, max_tokens=max_tokens)
+        typer.echo(json.dumps({"text": said, "answer": answer}, ensure_ascii=False))
+        return
+    _open(model).chat(said, max_tokens=max_tokens, emit=lambda piece: typer.echo(piece, nl=False))
+    typer.echo()
+
+
+@app.command()
+def info(
+    model: Annotated[str | None, typer.Argument(help="A model's folder; default: the one that comes along.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show a model's parts, vocabulary, digests and memory."""
+    table = _open(model).describe()
+    if as_json:
+        typer.echo(json.dumps(table, ensure_ascii=False))
+        return
+    width = max(map(len, table))
+    for key, value in table.items():
+        typer.echo(f"{key:<{width}}  {f'{value:,}' if isinstance(value, int) else value}")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A TOML file; see configs/.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Replace a value, as section.key=value.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Train an image tokenizer or a stage of a model; run again to continue."""
+    from mars.cli.training import start_training
+
+    start_training(config, overrides or [], say=_say)
+
+
+@app.command(name="eval")
+def evaluate(
+    pictures: Annotated[Path, typer.Option(help="The picture shard with the true pictures.")] = Path("data/emoji.tar"),
+    out: Annotated[Path, typer.Option(help="Where the report and the pictures go.")] = Path("out/eval"),
+    prompts: Annotated[int, typer.Option(help="Prompts per language and split.", min=1)] = 200,
+    model: Model = None,
+    debug: Debug = False,
+) -> None:
+    """Measure how well pictures fit their prompts: retrieval among 100 true pictures, English and Chinese."""
+    from mars.evaluation.benchmarks import retrieval_benchmark
+
+    report = retrieval_benchmark(_open(model), pictures=pictures, out=out, prompts=prompts, say=_say)
+    typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
+
+
+@data_app.command()
+def emoji(
+    out: Annotated[Path, typer.Option(help="The picture shard to write.")] = Path("data/emoji.tar"),
+    cache: Annotated[Path, typer.Option(help="Where npm packages are kept.")] = Path("data/npm"),
+    size: Annotated[int, typer.Option(help="Pixels on each side.", min=16)] = 128,
+    debug: Debug = False,
+) -> None:
+    """Render emoji artwork with English and Chinese captions (needs npm)."""
+    from mars.data.emoji import make_emoji
+    from mars.data.shards import write_pictures
+
+    typer.echo(f"{out}: {write_pictures(out, make_emoji(cache=cache, size=size)):,} pictures")
+
+
+@data_app.command()
+def scenes(
+    out: Annotated[Path, typer.Option(help="The picture shard to write.")] = Path("data/scenes.tar"),
+    count: Annotated[int, typer.Option(help="Pictures to draw.", min=1)] = 1500,
+    seed: int = 0,
+    size: Annotated[int, typer.Option(help="Pixels on each side.", min=64)] = 128,
+    debug: Debug = False,
+) -> None:
+    """Draw captioned scenes of shapes, colours, counts and places."""
+    from mars.data.scenes import make_scenes
+    from mars.data.shards import write_pictures
+
+    typer.echo(f"{out}: {write_pictures(out, make_scenes(count=count, seed=seed, size=size)):,} pictures")
+
+
+@data_app.command()
+def encode(
+    pictures: Annotated[Path, typer.Argument(help="A picture shard.")],
+    image_tokenizer: Annotated[Path, typer.Option(help="A folder with an image tokenizer.")],
+    out: Annotated[Path, typer.Option(help="The code shard to write.")],
+    debug: Debug = False,
+) -> None:
+    """Turn pictures into codes, which is what training reads."""
+    from mars.checkpoint import codes_digest, load_image_tokenizer
+    from mars.data.encode import encode_pictures
+
+    tokenizer, _ = load_image_tokenizer(image_tokenizer)
+    count = encode_pictures(pictures, tokenizer=tokenizer, digest=codes_digest(tokenizer), out=out)
+    typer.echo(f"{out}: {count:,} pictures")
+
+
+def _with_default_command(arguments: list[str]) -> list[str]:
+    """`mars "a red apple"` and `mars -` mean `mars generate ...`."""
+    known = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+    known |= {group.name for group in app.registered_groups if isinstance(group.name, str)}
+    first = arguments[0] if arguments else ""
+    if first and first not in known and (first == "-" or not first.startswith("-")):
+        return ["generate", *arguments]
+    return arguments
+
+
+def main() -> None:
+    """Runs the command line: an error is one line and exit code 1 or 2 (a traceback with --debug)."""
+    arguments = sys.argv[1:]
+    try:
+        app(_with_default_command(arguments))
+    except MarsError as error:
+        if "--debug" in arguments:
+            raise
+        _say(f"mars: {error}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _say("mars: interrupted")
+        sys.exit(130)

@@ -1,0 +1,51 @@
+"""Pictures to codes, so that training never runs the image tokenizer."""
+
+import io
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mars.data.shards import CodedPicture, Picture, read_pictures, write_codes
+from mars.errors import DataError
+from mars.image_tokenizer.model import ImageTokenizer
+
+BATCH = 64
+
+
+@torch.inference_mode()
+def _encode(tokenizer: ImageTokenizer, pictures: list[Picture]) -> list[CodedPicture]:
+    pixels = [np.asarray(Image.open(io.BytesIO(picture.png)).convert("RGB")) for picture in pictures]
+    if len({one.shape for one in pixels}) > 1:
+        raise DataError(f"pictures of a shard must share one size, got several near {pictures[0].record.key}")
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+    codes = tokenizer.encode(images).numpy().astype(np.int32)
+    return [CodedPicture(record=picture.record, codes=one) for picture, one in zip(pictures, codes, strict=True)]
+
+
+def encode_pictures(
+    shard: Path,
+    *,
+    tokenizer: ImageTokenizer,
+    digest: str,
+    out: Path,
+    progress: Callable[[int], None] = lambda done: None,
+) -> int:
+    """Writes the code shard of a picture shard; returns how many pictures it holds.
+
+    Args:
+        digest: of the tokenizer, so that training can tell whose codes these are.
+        progress: called with how many are done.
+    """
+
+    def coded() -> Iterator[CodedPicture]:
+        pictures, done = read_pictures(shard), 0
+        while batch := list(islice(pictures, BATCH)):
+            yield from _encode(tokenizer, batch)
+            done += len(batch)
+            progress(done)
+
+    return write_codes(out, coded(), tokenizer=digest)

@@ -1,0 +1,61 @@
+"""Picture files: opening what users give, and saving what was drawn with the text that says how."""
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from mars.errors import ImageError
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MIN_SIDE = 16
+MAX_PIXELS = 64_000_000
+
+
+class GeneratedImage(Image.Image):
+    """A drawn picture. Saved as PNG it carries its prompt, seed, settings and model digest as text (also in `info`)."""
+
+    def __init__(self, pixels: Image.Image, text: dict[str, str]) -> None:
+        super().__init__()
+        self.im = pixels.im
+        self._mode = pixels.mode
+        self._size = pixels.size
+        self.info = dict(text)
+
+    def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
+        """As `PIL.Image.Image.save`, with the text in PNG files. Only PIL's own options pass through."""
+        text = PngInfo()
+        for key, value in self.info.items():
+            text.add_itxt(str(key), str(value))
+        params.setdefault("pnginfo", text)
+        super().save(fp, format, **params)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Reads a PNG, JPEG or WebP picture whole.
+
+    Raises:
+        ImageError: if the file is missing, is no such picture, is damaged, or is too small or too large.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.format not in FORMATS:
+                raise ImageError(f"{path} must be PNG, JPEG or WebP, got {image.format}; convert it")
+            width, height = image.size
+            if min(width, height) < MIN_SIDE:
+                raise ImageError(f"{path} must be at least {MIN_SIDE} pixels on each side, got {width}x{height}")
+            if width * height > MAX_PIXELS:
+                raise ImageError(
+                    f"{path} must have at most {MAX_PIXELS:,} pixels, got {width}x{height} = {width * height:,}; shrink it"
+                )
+            image.load()
+            return image.copy()
+    except (FileNotFoundError, IsADirectoryError):
+        raise ImageError(f"no picture at {path}") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{path} must have at most {MAX_PIXELS:,} pixels, got far more; shrink it") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{path} is not a picture; give a PNG, JPEG or WebP file") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{path} is damaged or cut short ({error}); make it again") from None

@@ -1,0 +1,267 @@
+"""MarsPipeline: prompts in, pictures out.
+
+Six steps: check the request; prompt to ids; ids to codes; (codes to more codes: super-resolution, not in this model);
+codes to pixels; pixels to PIL with what is needed to draw them again.
+"""
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import mars
+from mars.checkpoint import MarsModel, load_model
+from mars.errors import PromptError, RequestError
+from mars.generation.engine import DrawRequest, Progress, continue_text, draw
+from mars.generation.sampling import Sampling
+from mars.model.base_llm import language_digest
+from mars.picture import GeneratedImage, open_picture
+from mars.sequence.text import CAPTION_HINTS
+
+SHIPPED = Path(__file__).parent / "assets" / "mars-mini"
+"""The model that comes with the package."""
+MAX_IMAGES = 64
+"""Pictures in one call; more rows than this only wait for each other."""
+MAX_PROMPT_TOKENS = 512
+DEFAULT_SAMPLING = Sampling(temperature=1.0, top_k=0, top_p=1.0, guidance=3.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """Pictures and how they came about, in the order of prompts, then of `n`."""
+
+    images: list[GeneratedImage]
+    prompts: list[str]
+    seeds: list[int]
+    codes: Tensor
+    """(pictures, rows, columns) int64."""
+    seconds: dict[str, float]
+    """Time spent on `prompt_and_codes` and `pixels`, and the `total`."""
+
+
+class MarsPipeline:
+    """A model that paints, captions and chats.
+
+    >>> pipe = MarsPipeline.from_pretrained()
+    >>> pipe("slice of pizza", seed=1).images[0].save("pizza.png")
+    """
+
+    def __init__(self, model: MarsModel) -> None:
+        self.model = model
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path | None = None, *, notify: Callable[[str], None] | None = None
+    ) -> "MarsPipeline":
+        """Opens a model's folder; without one, the model that comes with the package.
+
+        Args:
+            notify: called with one line before anything that takes long.
+
+        Raises:
+            ModelError: if there is no such model, or its LLM cannot be found.
+            CheckpointError: if a file is damaged or does not fit.
+        """
+        return cls(load_model(Path(source) if source is not None else SHIPPED, notify=notify))
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(width, height) in pixels of the pictures that the model was trained to draw."""
+        factor = self.model.image_tokenizer.config.factor
+        return [(columns * factor, rows * factor) for rows, columns in self.model.info.grids]
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        n: int = 1,
+        seed: int | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        negative_prompt: str = "",
+        sampling: Sampling = DEFAULT_SAMPLING,
+        progress: Progress | None = None,
+    ) -> Generated:
+        """Draws `n` pictures for each prompt, all in one batch.
+
+        Args:
+            seed: of the first picture; the others of a prompt count up from it. Without one it is drawn at random and
+                told in the result. A picture depends on its prompt, seed and settings alone, not on the batch.
+            width, height: pixels; must be a size of `sizes`.
+            negative_prompt: what guidance moves away from.
+            sampling: temperature, top-k, top-p and guidance.
+            progress: called after each code with how many are done and how many there are.
+
+        Raises:
+            PromptError: if a prompt is empty or too long.
+            RequestError: if the size, `n` or the seed cannot be used.
+        """
+        started = time.perf_counter()
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        grid = self._check(prompts, n=n, seed=seed, width=width, height=height)
+        first = secrets.randbelow(2**32) if seed is None else seed
+        seeds = [first + index for _ in prompts for index in range(n)]
+        repeated = [text for text in prompts for _ in range(n)]
+        ids = {text: self._prompt_ids(text) for text in {*prompts, negative_prompt}}
+        requests = [
+            DrawRequest(prompt=ids[text], free=ids[negative_prompt], seed=number, sampling=sampling)
+            for text, number in zip(repeated, seeds, strict=True)
+        ]
+        codes = draw(self.model.transformer, requests, grid=grid, progress=progress)
+        drawn = time.perf_counter()
+        pixels = self.decode(codes)
+        settings = {"negative_prompt": negative_prompt, **asdict(sampling)}
+        images = [
+            GeneratedImage(picture, self._text(text, number, settings))
+            for picture, text, number in zip(pixels, repeated, seeds, strict=True)
+        ]
+        ended = time.perf_counter()
+        seconds = {"prompt_and_codes": drawn - started, "pixels": ended - drawn, "total": ended - started}
+        return Generated(images=images, prompts=repeated, seeds=seeds, codes=codes, seconds=seconds)
+
+    def _check(
+        self, prompts: list[str], *, n: int, seed: int | None, width: int | None, height: int | None
+    ) -> tuple[int, int]:
+        if not prompts:
+            raise PromptError("there must be at least one prompt, got none")
+        if not 1 <= n * len(prompts) <= MAX_IMAGES or n < 1:
+            raise RequestError(
+                f"a call draws 1 to {MAX_IMAGES} pictures, got n = {n} for {len(prompts)} prompts; make several calls"
+            )
+        if seed is not None and not 0 <= seed < 2**63 - MAX_IMAGES:
+            raise RequestError(f"seed must lie in 0..2**63 - {MAX_IMAGES + 1}, got {seed}")
+        for text in prompts:
+            if not text.strip():
+                raise PromptError("the prompt must not be empty; say what to draw")
+        wanted = (width or self.sizes[0][0], height or self.sizes[0][1])
+        factor = self.model.image_tokenizer.config.factor
+        trained = ", ".join(f"{one}x{other}" for one, other in self.sizes)
+        for name, side in zip(("width", "height"), wanted, strict=True):
+            if side % factor or side < factor:
+                raise RequestError(f"{name} must be a multiple of {factor}, got {side}; trained sizes are {trained}")
+        if wanted not in self.sizes:
+            raise RequestError(f"size must be one that the model was trained on ({trained}), got {wanted[0]}x{wanted[1]}")
+        return wanted[1] // factor, wanted[0] // factor
+
+    def _prompt_ids(self, text: str) -> tuple[int, ...]:
+        tokenizer = self.model.text_tokenizer
+        ids = (tokenizer.bos_id, *tokenizer.encode(text.strip()))
+        if len(ids) > MAX_PROMPT_TOKENS:
+            raise PromptError(f"a prompt must have at most {MAX_PROMPT_TOKENS} tokens, got {len(ids)}; shorten it")
+        return ids
+
+    def _text(self, prompt: str, seed: int, settings: dict[str, Any]) -> dict[str, str]:
+        return {
+            "prompt": prompt,
+            "seed": str(seed),
+            "settings": json.dumps(settings, ensure_ascii=False),
+            "model": self.model.info.name,
+            "model_digest": self.model.visual_digest,
+            "language_digest": self.model.info.language_digest,
+            "software": f"mars-t2i {mars.__version__}",
+        }
+
+    def describe(self) -> dict[str, int | str]:
+        """Parameters per part, vocabulary, digests (the LLM's computed anew from memory) and bytes held."""
+        transformer, codec = self.model.transformer, self.model.image_tokenizer
+        language, visual = transformer.language_tensors(), transformer.visual_tensors()
+        vocabulary, info = transformer.vocabulary, self.model.info
+        held = [*language.values(), *visual.values(), *codec.parameters()]
+        return {
+            "name": info.name,
+            "language model": info.language,
+            "language expert parameters": sum(weight.numel() for weight in language.values()),
+            "visual expert parameters": sum(weight.numel() for weight in visual.values()),
+            "image tokenizer parameters": sum(weight.numel() for weight in codec.parameters()),
+            "layers with a visual expert": ", ".join(map(str, transformer.config.visual_layers)),
+            "text ids": vocabulary.text_size,
+            "codes": vocabulary.num_codes,
+            "vocabulary": vocabulary.size,
+            "picture sizes": ", ".join(f"{width}x{height}" for width, height in self.sizes),
+            "language digest": language_digest(language),
+            "language digest of the LLM": info.language_digest,
+            "visual digest": self.model.visual_digest,
+            "bytes in memory": sum(weight.numel() * weight.element_size() for weight in held),
+        }
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor) -> list[Image.Image]:
+        """Codes (B, R, C) to pictures."""
+        images = self.model.image_tokenizer.decode(codes)
+        pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(one) for one in pixels]
+
+    @torch.inference_mode()
+    def encode(self, image: Image.Image) -> Tensor:
+        """A picture to codes (R, C); it is fitted onto a white square of the model's size."""
+        width, height = self.sizes[0]
+        scale = min(width / image.width, height / image.height)
+        inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        page = Image.new("RGB", (width, height), "white")
+        small = image.convert("RGBA").resize(inner, Image.Resampling.LANCZOS)
+        page.paste(small, ((width - inner[0]) // 2, (height - inner[1]) // 2), small)
+        pixels = torch.from_numpy(np.asarray(page).copy()).permute(2, 0, 1)[None].float() / 255
+        return self.model.image_tokenizer.encode(pixels)[0]
+
+    def caption(self, image: str | Path | Image.Image, *, language: str = "en", max_tokens: int = 48) -> str:
+        """Says what a picture shows.
+
+        Args:
+            image: a file (PNG, JPEG or WebP) or a picture.
+            language: `en` or `zh`.
+
+        Raises:
+            ImageError: if the file is no such picture.
+            RequestError: if the language is unknown.
+        """
+        if language not in CAPTION_HINTS:
+            raise RequestError(f"language must be one of {', '.join(CAPTION_HINTS)}, got {language!r}")
+        codes = self.encode(image if isinstance(image, Image.Image) else open_picture(Path(image)))
+        tokenizer = self.model.text_tokenizer
+        prompt = [self.model.transformer.vocabulary.image_end, *tokenizer.encode(CAPTION_HINTS[language])]
+        ids = continue_text(
+            self.model.transformer, prompt, max_tokens=max_tokens, end=(tokenizer.eos_id,), image=codes
+        )
+        return tokenizer.decode(ids).strip()
+
+    def chat(
+        self, text: str, *, max_tokens: int = 256, emit: Callable[[str], None] | None = None
+    ) -> str:
+        """The base LLM's likeliest answer, unchanged by anything visual.
+
+        Args:
+            emit: called with each piece of text as it is written.
+
+        Raises:
+            PromptError: if the text is empty.
+        """
+        if not text.strip():
+            raise PromptError("the text must not be empty; say something")
+        tokenizer = self.model.text_tokenizer
+        written: list[int] = []
+        told = ""
+
+        def tell(token: int) -> None:
+            nonlocal told
+            written.append(token)
+            whole = tokenizer.decode(written)
+            if emit is not None and not whole.endswith("\ufffd"):  # half a character waits for its other bytes
+                emit(whole[len(told) :])
+                told = whole
+
+        ids = continue_text(
+            self.model.transformer,
+            tokenizer.apply_chat(text),
+            max_tokens=max_tokens,
+            end=(tokenizer.eos_id,),
+            emit=tell,
+        )
+        return tokenizer.decode(ids)

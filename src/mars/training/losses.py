@@ -1,0 +1,87 @@
+"""What a batch is trained on.
+
+Letters: B batch, T positions, D the LLM's width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mars.model.cache import Cache, Prefix
+from mars.model.transformer import MarsTransformer, read_prefixes
+from mars.sequence.layout import IGNORE, drawn_image, read_image, written_text
+
+
+class PrefixStore:
+    """Keys and values of captions: while nothing visual is in the cache, they depend on nothing that is trained.
+
+    Args:
+        gib: memory to use; the oldest are forgotten first.
+    """
+
+    def __init__(self, transformer: MarsTransformer, *, gib: float) -> None:
+        self.transformer = transformer
+        self.limit = int(gib * 2**30)
+        self.held = 0
+        self.prefixes: dict[tuple[int, ...], Prefix] = {}
+
+    @torch.no_grad()
+    def get(self, rows: Sequence[Sequence[int]]) -> list[Prefix]:
+        """The prefix of each row of ids; those not held are computed together."""
+        keys = [tuple(row) for row in rows]
+        found = {key: self.prefixes[key] for key in keys if key in self.prefixes}
+        missing = sorted({key for key in keys if key not in found}, key=len)
+        for start in range(0, len(missing), 16):  # of like length, so that little is padded
+            chunk = missing[start : start + 16]
+            found |= dict(zip(chunk, read_prefixes(self.transformer, chunk), strict=True))
+        for key in missing:
+            self.prefixes[key] = found[key]
+            self.held += _bytes(found[key])
+        while self.held > self.limit and self.prefixes:
+            self.held -= _bytes(self.prefixes.pop(next(iter(self.prefixes))))
+        return [found[key] for key in keys]
+
+
+def _bytes(prefix: Prefix) -> int:
+    return (prefix.keys.numel() + prefix.values.numel() + prefix.last_hidden.numel()) * prefix.keys.element_size()
+
+
+def text_to_image_loss(transformer: MarsTransformer, codes_BRC: Tensor, prefixes: Sequence[Prefix]) -> Tensor:
+    """Mean cross-entropy of the codes after their captions, in nats per code."""
+    cache: Cache = transformer.new_cache()
+    cache.load(prefixes)
+    segment = drawn_image(codes_BRC, transformer.vocabulary)
+    assert segment.targets is not None
+    logits = transformer.visual_logits(transformer(segment, cache))
+    targets = segment.targets - transformer.vocabulary.first_code
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def begin_image_loss(transformer: MarsTransformer, prefixes: Sequence[Prefix]) -> Tensor:
+    """Mean cross-entropy of `<img>` after a whole caption, among text and special ids: when to draw."""
+    hidden_BD = torch.stack([prefix.last_hidden for prefix in prefixes])
+    with torch.no_grad():
+        text_B = torch.logsumexp(transformer.text_logits(hidden_BD), dim=1)
+    special = transformer.special_logits(hidden_BD)
+    everything_B = torch.logsumexp(torch.cat([text_B[:, None], special], dim=1), dim=1)
+    return (everything_B - special[:, 0]).mean()
+
+
+def captioning_loss(
+    transformer: MarsTransformer,
+    codes_BRC: Tensor,
+    captions: Sequence[Sequence[int]],
+    *,
+    hints: Sequence[Sequence[int]],
+    end: int,
+) -> Tensor:
+    """Mean cross-entropy of the captions after their images, in nats per text id; gradients pass the frozen layers."""
+    cache: Cache = transformer.new_cache()
+    transformer(read_image(codes_BRC, transformer.vocabulary), cache)
+    segment = written_text(captions, transformer.vocabulary, hints=hints, end=end)
+    assert segment.targets is not None
+    hidden_BTD = transformer(segment, cache)
+    kept = segment.targets != IGNORE
+    return F.cross_entropy(transformer.text_logits(hidden_BTD[kept]), segment.targets[kept])

@@ -1,0 +1,88 @@
+"""AdamW, Muon, and the schedule of their rates."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mars.training.stages import OptimizerConfig
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic iteration (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)."""
+
+
+def orthogonalize(matrices: Tensor, *, iterations: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrices, roughly, by Newton-Schulz in the input's own dtype; (N, rows, columns).
+
+    `torch.optim.Muon` computes this in bf16, which a CPU without bf16 units does a hundred times slower than fp32.
+    """
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(iterations):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: for the matrices inside a transformer (Jordan et al. 2024).
+
+    Matrices of one shape are orthogonalised together.
+    """
+
+    def __init__(self, weights: Iterable[Tensor], *, lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        super().__init__(list(weights), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of all weights that have a gradient."""
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    shapes.setdefault(weight.shape, []).append(weight)
+            for shape, weights in shapes.items():
+                updates = torch.stack([self._momentum(weight, group["momentum"]) for weight in weights])
+                scale = max(1.0, shape[0] / shape[1]) ** 0.5
+                for weight, update in zip(weights, orthogonalize(updates), strict=True):
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.add_(update, alpha=-group["lr"] * scale)
+
+    def _momentum(self, weight: nn.Parameter, momentum: float) -> Tensor:
+        assert weight.grad is not None
+        state = self.state[weight]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(weight)
+        state["momentum"].lerp_(weight.grad, 1 - momentum)
+        return weight.grad.lerp(state["momentum"], momentum)  # Nesterov's
+
+
+def build_optimizers(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or for the tables and norms beside Muon for the experts' matrices.
+
+    Tables and vectors are not decayed.
+    """
+    matrices, tables = [], []
+    for name, weight in named:
+        (matrices if ".visual." in name and weight.dim() == 2 else tables).append(weight)
+    groups: list[dict[str, object]] = [{"params": tables, "weight_decay": 0.0, "lr": config.learning_rate}]
+    if config.name == "adamw":
+        groups.append({"params": matrices, "weight_decay": config.weight_decay, "lr": config.learning_rate})
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=config.betas)]
+    if config.name == "muon":
+        optimizers.append(Muon(matrices, lr=config.matrix_rate, weight_decay=config.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def rate_at(step: int, *, steps: int, config: OptimizerConfig) -> float:
+    """Share of the peak rate at a step: linear warm-up, then WSD (flat, linear decay to 0) or a cosine to 10 %."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    if config.decay is not None:
+        return min(warm, (steps - step) / max(1, config.decay), 1.0)
+    return warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))

