@@ -1,6 +1,7 @@
-"""A tiny language model, as a folder in the hub's layout and as a GGUF file."""
+"""A tiny language model: as a folder in the hub's layout, as a GGUF file, and inside a transformer."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from tokenizers import pre_tokenizers
 
-from mars.model.config import LanguageConfig
+from mars.model.config import LanguageConfig, ModelConfig, SemVIEConfig
 from mars.model.language_tensors import gguf_name, language_shapes
+from mars.model.transformer import MarsTransformer, build_transformer, start_visual
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -34,11 +36,7 @@ CONFIG = LanguageConfig(
 
 def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
     """The permutation of llama.cpp's convert_hf_to_gguf.py, as it stands there."""
-    return (
-        rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(rows.shape)
-    )
+    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def random_tensors(config: LanguageConfig) -> dict[str, np.ndarray]:
@@ -166,3 +164,38 @@ def write_tokenizer_json(path: Path) -> None:
 
     tokens = GGUFTokens(model="gpt2", pre="smollm", tokens=TOKENS, kinds=KINDS, merges=["h e"])
     write_tokenizer(tokens, path=path, source="test")
+
+
+def random_language(config: LanguageConfig) -> dict[str, torch.Tensor]:
+    """Weights large enough that every part of a layer shows in its output, small enough to stay finite."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, shape in language_shapes(config).items():
+        values = torch.randn(shape, generator=generator)
+        norm = name.endswith("norm.weight")
+        tensors[name] = 1 + 0.1 * values if norm else values * shape[-1] ** -0.5 if len(shape) > 1 else 0.3 * values
+    return tensors
+
+
+@pytest.fixture
+def build() -> Callable[..., MarsTransformer]:
+    """Builds a tiny transformer with random weights on both sides.
+
+    `language` changes the LLM's shape, other arguments are those of SemVIEConfig. `start` gives the visual side the
+    weights that training starts from.
+    """
+
+    def built(*, language: dict[str, Any] | None = None, start: bool = False, **semvie: Any) -> MarsTransformer:
+        tiny = replace(CONFIG, vocab_size=21, num_layers=3, ffn=48, **(language or {}))
+        config = ModelConfig(language=tiny, semvie=SemVIEConfig(**semvie), num_codes=13)
+        transformer = build_transformer(config, random_language(tiny))
+        generator = torch.Generator().manual_seed(1)
+        start_visual(transformer, generator=generator)
+        if not start:
+            for name, weight in transformer.visual_tensors().items():
+                values = torch.randn(weight.shape, generator=generator)
+                small = 0.1 * values if weight.dim() == 1 else values * weight.shape[-1] ** -0.5
+                weight.data.copy_(small + 1 if name.endswith("norm.weight") else small)
+        return transformer
+
+    return built

@@ -1,0 +1,78 @@
+from typing import Any
+
+import pytest
+
+from mars.config import from_dict, to_dict
+from mars.errors import ConfigError
+from mars.model.config import LanguageConfig, ModelConfig, SemVIEConfig
+
+LANGUAGE: dict[str, Any] = {
+    "vocab_size": 21,
+    "width": 32,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_width": 8,
+    "ffn": 48,
+    "rope_theta": 1e4,
+    "norm_eps": 1e-5,
+    "max_positions": 64,
+    "tied_embeddings": True,
+}
+
+
+def model(*, num_codes: int = 13, **semvie: Any) -> ModelConfig:
+    return ModelConfig(language=LanguageConfig(**LANGUAGE), semvie=SemVIEConfig(**semvie), num_codes=num_codes)
+
+
+def test_the_visual_side_has_the_language_models_shape_unless_told() -> None:
+    config = model()
+    assert (config.visual_width, config.visual_ffn, config.visual_layers) == (32, 48, (0, 1, 2))
+    narrow = model(share_norms=False, init="random", visual_width=16, visual_ffn=24, visual_layers=(2, 0))
+    assert (narrow.visual_width, narrow.visual_ffn, narrow.visual_layers) == (16, 24, (0, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 0}, "language.width must be greater than 0, got 0"),
+        ({"rope_theta": -1.0}, "language.rope_theta must be greater than 0, got -1.0"),
+        ({"num_kv_heads": 3}, "language.num_heads must be a multiple of num_kv_heads, got 4 and 3"),
+        ({"head_width": 7}, "language.head_width must be even for rotary positions, got 7"),
+    ],
+)
+def test_a_bad_language_model_is_one_line(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LanguageConfig(**(LANGUAGE | change))
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_codes": 0}, "model.num_codes must be greater than 0"),
+        ({"init": "zeros"}, "semvie.init must be 'copy' or 'random', got 'zeros'"),
+        ({"visual_layers": ()}, "semvie.visual_layers must name at least one layer"),
+        ({"visual_layers": (0, 3)}, "semvie.visual_layers must lie in 0..2, got 3"),
+        ({"visual_layers": (-1,)}, "semvie.visual_layers must lie in 0..2, got -1"),
+        ({"visual_width": 16}, "semvie.share_norms needs visual_width 32"),
+        ({"visual_width": 16, "share_norms": False}, "semvie.init = 'copy' needs the LLM's widths"),
+        ({"visual_ffn": 24}, "semvie.init = 'copy' needs the LLM's widths"),
+        (
+            {"visual_width": 16, "share_norms": False, "init": "random", "duplicate_output": False},
+            "semvie.duplicate_output = false needs visual_width 32",
+        ),
+    ],
+)
+def test_a_bad_visual_expert_is_one_line(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        model(**change)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config", [model(), model(share_norms=False, init="random", visual_width=16, visual_ffn=8, visual_layers=(1,))]
+)
+def test_a_config_survives_json(config: ModelConfig) -> None:
+    assert from_dict(ModelConfig, to_dict(config)) == config
