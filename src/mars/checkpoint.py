@@ -38,6 +38,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary.chmod(0o755)  # mkdtemp's own is private
         yield temporary
         old = path.with_name(f".{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)

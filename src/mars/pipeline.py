@@ -233,11 +233,17 @@ class MarsPipeline:
         return tokenizer.decode(ids).strip()
 
     def chat(
-        self, text: str, *, max_tokens: int = 256, emit: Callable[[str], None] | None = None
+        self,
+        text: str,
+        *,
+        system: str = "You are a helpful assistant.",
+        max_tokens: int = 256,
+        emit: Callable[[str], None] | None = None,
     ) -> str:
         """The base LLM's likeliest answer, unchanged by anything visual.
 
         Args:
+            system: what the LLM is told about itself, where it has a chat template.
             emit: called with each piece of text as it is written.
 
         Raises:
@@ -259,7 +265,7 @@ class MarsPipeline:
 
         ids = continue_text(
             self.model.transformer,
-            tokenizer.apply_chat(text),
+            tokenizer.apply_chat(text, system=system),
             max_tokens=max_tokens,
             end=(tokenizer.eos_id,),
             emit=tell,
