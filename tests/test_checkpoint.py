@@ -230,7 +230,6 @@ def test_a_folder_that_cannot_be_moved_into_place_leaves_the_old_one(
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.xfail(reason="a temporary folder is its owner's alone")
 def test_a_saved_folder_is_as_readable_as_any_other(tmp_path: Path) -> None:
     fill(tmp_path / "model", "new")
     (tmp_path / "plain").mkdir()
