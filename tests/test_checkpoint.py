@@ -207,7 +207,7 @@ def test_a_block_that_fails_leaves_the_old_folder(tmp_path: Path, error: BaseExc
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("failing", [1, pytest.param(2, marks=pytest.mark.xfail(reason="the old folder stays aside"))])
+@pytest.mark.parametrize("failing", [1, 2])
 def test_a_folder_that_cannot_be_moved_into_place_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
@@ -236,7 +236,6 @@ def test_a_saved_folder_is_as_readable_as_any_other(tmp_path: Path) -> None:
     assert (tmp_path / "model").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-@pytest.mark.xfail(reason="removing the partial file fails, too", raises=NotADirectoryError)
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot save"):

@@ -97,6 +97,7 @@ def test_what_a_file_leaves_out_has_its_default(tmp_path: Path) -> None:
         ("steps = 7\n[rates]\nlearning_rate = true", "rates.learning_rate must be float, got True"),
         ("steps = 7\n[rates]\nbetas = [0.9]", "rates.betas must have 2 values, got [0.9]"),
         ("steps = 7\n[rates]\nlearning_rate = -1.0", "learning_rate must be greater than 0, got -1.0"),
+        ("steps = 7\n[rates]\nlearning_rate = nan", "rates.learning_rate must be float, got nan"),
         ("steps = 7\n[weights]\nemoji = 'much'", "weights.emoji must be float, got 'much'"),
     ],
 )
@@ -191,6 +192,11 @@ def test_a_config_survives_tables(config: Run) -> None:
 def test_a_random_table_gives_a_config_or_a_config_error(table: dict[str, Any]) -> None:
     with suppress(ConfigError):
         assert isinstance(from_dict(Run, table), Run)
+
+
+def test_an_integer_beyond_floats_is_one_line() -> None:
+    with pytest.raises(ConfigError, match="learning_rate must be float"):
+        from_dict(Rates, {"learning_rate": 10**400})
 
 
 def test_infinity_is_a_number(tmp_path: Path) -> None:

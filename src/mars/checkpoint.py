@@ -4,10 +4,10 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,20 +37,35 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        temporary.chmod(0o755)  # mkdtemp's own is private
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        temporary.mkdir()  # not tempfile.mkdtemp, whose folders are their owner's alone
         yield temporary
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
+        _put(temporary, path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot save {path}: {_reason(error)}; nothing was written") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(new: Path, path: Path) -> None:
+    """Moves a folder into place; a folder that was there is back in place if that fails."""
+    old = path.with_name(f".{path.name}.old")
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except OSError:
+        if old.exists():
+            os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove(partial: Path) -> None:
+    with suppress(OSError):
+        partial.unlink()
 
 
 def _reason(error: Exception) -> str:
@@ -74,7 +89,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot save {path}: {_reason(error)}; nothing was written") from error
     finally:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -100,7 +115,7 @@ def write_json(path: Path, table: Mapping[str, Any]) -> None:
     except OSError as error:
         raise CheckpointError(f"cannot save {path}: {_reason(error)}; nothing was written") from error
     finally:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -153,10 +168,8 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        total.update(tensor.view(-1).view(torch.uint8).numpy())
+        total.update(tensor.view(-1).view(torch.uint8).numpy().data)
     return f"sha256:{total.hexdigest()}"
-
-
 
 
 FORMAT = "mars-1"
@@ -269,10 +282,11 @@ def load_model(folder: Path, *, notify: Callable[[str], None] | None = None) -> 
     llm = open_base_llm(info.language, notify=notify)
     if llm.digest != info.language_digest:
         raise CheckpointError(
-            f"{info.name} was trained on the LLM {info.language_digest[:19]}…, but {info.language} is {llm.digest[:19]}…"
+            f"{info.name} was trained on the LLM {info.language_digest[:19]}…, "
+            f"but {info.language} is {llm.digest[:19]}…"
         )
     if llm.config != config.language:
-        raise CheckpointError(f"{folder / 'config.json'} does not describe {info.language}; its [language] part is wrong")
+        raise CheckpointError(f"{folder / 'config.json'} does not describe {info.language}; its language part is wrong")
     transformer = build_transformer(config, llm.tensors)
     visual = transformer.visual_tensors()
     check_tensors(stored, visual, where=str(folder / "visual.safetensors"))

@@ -1,8 +1,9 @@
-"""TOML files to frozen dataclasses and back, strictly: an unknown key, a wrong type or a bad value is one clear line."""
+"""TOML files to frozen dataclasses and back, strictly: an unknown key, wrong type or bad value is one clear line."""
 
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -107,11 +108,19 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         return value
     if kind is Path and isinstance(value, str):
         return Path(value)
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+    if kind is float and _is_float(value):
         return float(value)
-    if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+    if kind in (int, str, bool) and type(value) is kind:
         return value
     raise ConfigError(f"{name} must be {_name(kind)}, got {value!r}")
+
+
+def _is_float(value: Any) -> bool:
+    """Not so NaN, which every comparison would let pass, nor integers that are too large."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    except OverflowError:
+        return False
 
 
 def _first_fit(options: Sequence[Any], value: Any, name: str) -> Any:

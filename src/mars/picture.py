@@ -21,7 +21,7 @@ class GeneratedImage(Image.Image):
         self.im = pixels.im
         self._mode = pixels.mode
         self._size = pixels.size
-        self.info = dict(text)
+        self.info.update(text)
 
     def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
         """As `PIL.Image.Image.save`, with the text in PNG files. Only PIL's own options pass through."""
@@ -47,7 +47,7 @@ def open_picture(path: Path) -> Image.Image:
                 raise ImageError(f"{path} must be at least {MIN_SIDE} pixels on each side, got {width}x{height}")
             if width * height > MAX_PIXELS:
                 raise ImageError(
-                    f"{path} must have at most {MAX_PIXELS:,} pixels, got {width}x{height} = {width * height:,}; shrink it"
+                    f"{path} must have at most {MAX_PIXELS:,} pixels, got {width}x{height}; shrink it"
                 )
             image.load()
             return image.copy()

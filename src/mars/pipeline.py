@@ -148,7 +148,9 @@ class MarsPipeline:
             if side % factor or side < factor:
                 raise RequestError(f"{name} must be a multiple of {factor}, got {side}; trained sizes are {trained}")
         if wanted not in self.sizes:
-            raise RequestError(f"size must be one that the model was trained on ({trained}), got {wanted[0]}x{wanted[1]}")
+            raise RequestError(
+                f"size must be one that the model was trained on ({trained}), got {wanted[0]}x{wanted[1]}"
+            )
         return wanted[1] // factor, wanted[0] // factor
 
     def _prompt_ids(self, text: str) -> tuple[int, ...]:
@@ -227,9 +229,7 @@ class MarsPipeline:
         codes = self.encode(image if isinstance(image, Image.Image) else open_picture(Path(image)))
         tokenizer = self.model.text_tokenizer
         prompt = [self.model.transformer.vocabulary.image_end, *tokenizer.encode(CAPTION_HINTS[language])]
-        ids = continue_text(
-            self.model.transformer, prompt, max_tokens=max_tokens, end=(tokenizer.eos_id,), image=codes
-        )
+        ids = continue_text(self.model.transformer, prompt, max_tokens=max_tokens, end=(tokenizer.eos_id,), image=codes)
         return tokenizer.decode(ids).strip()
 
     def chat(

@@ -156,9 +156,7 @@ def test_no_training_scene_holds_a_held_out_combination_but_every_word_occurs() 
 def test_the_held_out_combinations_are_few_and_stay_the_same_for_ever() -> None:
     pairs = [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS]
     triples = [
-        f"{one} {order} {two}"
-        for order in ("left of", "above")
-        for one, two in itertools.permutations(SHAPES, 2)
+        f"{one} {order} {two}" for order in ("left of", "above") for one, two in itertools.permutations(SHAPES, 2)
     ]
     assert set(filter(is_held_out, pairs)) == {
         "blue circle",

@@ -25,9 +25,7 @@ from mars.data.shards import (
 )
 from mars.errors import DataError
 
-CODES = hnp.arrays(
-    np.int32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=6), elements=st.integers(0, 8191)
-)
+CODES = hnp.arrays(np.int32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=6), elements=st.integers(0, 8191))
 
 
 def record(key: str) -> Record:
@@ -151,9 +149,7 @@ def test_a_missing_shard_says_how_to_make_one(tmp_path: Path, read: Callable[[Pa
 
 @pytest.mark.parametrize("read", [read_all, read_codes])
 @pytest.mark.parametrize("content", [b"", b"just some text\n" * 100])
-def test_a_file_of_another_kind_is_refused(
-    tmp_path: Path, read: Callable[[Path], object], content: bytes
-) -> None:
+def test_a_file_of_another_kind_is_refused(tmp_path: Path, read: Callable[[Path], object], content: bytes) -> None:
     path = tmp_path / "file"
     path.write_bytes(content)
     assert "is not a" in one_line_error(read, path)
@@ -247,7 +243,5 @@ def test_an_interrupted_write_keeps_the_file_that_was_there(tmp_path: Path) -> N
 def test_codes_that_do_not_fit_16_bits_are_refused_rather_than_changed(tmp_path: Path) -> None:
     codes = np.full((1, 1), 40_000, dtype=np.int32)
     with pytest.raises(DataError, match="40000"):
-        write_codes(
-            tmp_path / "s.parquet", [CodedPicture(record=record("a"), codes=codes)], tokenizer="digest"
-        )
+        write_codes(tmp_path / "s.parquet", [CodedPicture(record=record("a"), codes=codes)], tokenizer="digest")
     assert not list(tmp_path.iterdir())

@@ -19,9 +19,7 @@ WriteHub = Callable[..., tuple[Path, dict[str, torch.Tensor]]]
 
 @pytest.mark.parametrize("shard_size", ["5GB", "10KB"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_hub_folder_opens_with_equal_tensors(
-    write_hub_folder: WriteHub, shard_size: str, *, tied: bool
-) -> None:
+def test_a_hub_folder_opens_with_equal_tensors(write_hub_folder: WriteHub, shard_size: str, *, tied: bool) -> None:
     folder, state = write_hub_folder(shard_size=shard_size, tie_word_embeddings=tied, rope_theta=5e5)
     llm = open_base_llm(str(folder))
     assert (llm.config.tied_embeddings, llm.config.rope_theta, llm.config.head_width) == (tied, 5e5, 8)
@@ -100,9 +98,7 @@ def test_a_cache_of_other_shapes_is_rebuilt(write_gguf: WriteGGUF, tmp_path: Pat
     assert open_base_llm(str(path), cache=tmp_path).config.width == 32
 
 
-def test_a_failed_conversion_leaves_nothing_and_dead_ones_are_removed(
-    write_gguf: WriteGGUF, tmp_path: Path
-) -> None:
+def test_a_failed_conversion_leaves_nothing_and_dead_ones_are_removed(write_gguf: WriteGGUF, tmp_path: Path) -> None:
     path, _ = write_gguf(edit=lambda tensors: tensors["output_norm.weight"].fill(np.nan))
     dead, alive = (tmp_path / "cache" / "language-models" / f"partial-{name}" for name in ("dead", "alive"))
     for folder in (dead, alive):
@@ -115,14 +111,10 @@ def test_a_failed_conversion_leaves_nothing_and_dead_ones_are_removed(
 
 def test_processes_that_convert_at_once_agree(write_gguf: WriteGGUF, tmp_path: Path) -> None:
     path, _ = write_gguf()
-    code = (
-        "import sys; from mars.model.base_llm import open_base_llm; print(open_base_llm(sys.argv[1]).digest)"
-    )
+    code = "import sys; from mars.model.base_llm import open_base_llm; print(open_base_llm(sys.argv[1]).digest)"
     environment = os.environ | {"MARS_CACHE": str(tmp_path / "cache")}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, path], env=environment, stdout=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([sys.executable, "-c", code, path], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
     digests = {process.communicate()[0].strip() for process in processes}
@@ -139,9 +131,7 @@ def test_the_gguf_package_is_not_needed_once_converted(write_gguf: WriteGGUF, tm
         "open_base_llm(sys.argv[1], cache=pathlib.Path(sys.argv[2]));"
         "print(sorted(sys.modules.keys() & {'gguf', 'tokenizers', 'transformers', 'huggingface_hub'}))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, path, tmp_path], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, path, tmp_path], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
@@ -156,9 +146,7 @@ def test_a_package_is_found_without_importing_it(
     with pytest.raises(ModelError, match=r"must carry one \.gguf file, got 0"):
         open_base_llm("package:tiny_llm_for_a_test")
     path.rename(package / "weights" / "a.gguf")
-    assert (
-        open_base_llm("package:tiny_llm_for_a_test", cache=tmp_path).source == "package:tiny_llm_for_a_test"
-    )
+    assert open_base_llm("package:tiny_llm_for_a_test", cache=tmp_path).source == "package:tiny_llm_for_a_test"
 
 
 def test_a_hub_id_opens_from_the_hubs_cache(
@@ -213,9 +201,7 @@ def test_a_source_that_is_not_there_is_one_clear_line(source: str, message: str)
         open_base_llm(source)
 
 
-def test_an_empty_folder_and_an_unwritable_cache_are_one_clear_line(
-    write_gguf: WriteGGUF, tmp_path: Path
-) -> None:
+def test_an_empty_folder_and_an_unwritable_cache_are_one_clear_line(write_gguf: WriteGGUF, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"must hold config\.json, got none"):
         open_base_llm(str(tmp_path / "empty"))

@@ -190,3 +190,12 @@ def test_a_static_cache_says_when_it_is_full(build: Build) -> None:
 def test_a_static_cache_fills_to_its_last_place(build: Build) -> None:
     transformer = build()
     transformer(text_segment([[1, 2, 3]]), transformer.new_static_cache(batch=1, size=3))
+
+
+@torch.no_grad()
+def test_a_static_cache_says_when_a_prefix_is_too_long(build: Build) -> None:
+    transformer = build()
+    cache = transformer.new_cache()
+    prefixes = cache.prefixes(transformer(text_segment([[1, 2, 3, 4]]), cache))
+    with pytest.raises(RequestError, match="the sequence must fit into 3 positions, got 4"):
+        transformer.new_static_cache(batch=1, size=3).load(prefixes)

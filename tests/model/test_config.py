@@ -37,6 +37,7 @@ def test_the_visual_side_has_the_language_models_shape_unless_told() -> None:
     [
         ({"width": 0}, "language.width must be greater than 0, got 0"),
         ({"rope_theta": -1.0}, "language.rope_theta must be greater than 0, got -1.0"),
+        ({"rope_theta": float("nan")}, "language.rope_theta must be greater than 0, got nan"),
         ({"num_kv_heads": 3}, "language.num_heads must be a multiple of num_kv_heads, got 4 and 3"),
         ({"head_width": 7}, "language.head_width must be even for rotary positions, got 7"),
     ],
@@ -52,6 +53,9 @@ def test_a_bad_language_model_is_one_line(change: dict[str, Any], message: str) 
     [
         ({"num_codes": 0}, "model.num_codes must be greater than 0"),
         ({"init": "zeros"}, "semvie.init must be 'copy' or 'random', got 'zeros'"),
+        ({"visual_width": 0}, "semvie.visual_width must be greater than 0, got 0"),
+        ({"visual_ffn": -5}, "semvie.visual_ffn must be greater than 0, got -5"),
+        ({"max_grid": 0}, "semvie.max_grid must be greater than 0, got 0"),
         ({"visual_layers": ()}, "semvie.visual_layers must name at least one layer"),
         ({"visual_layers": (0, 3)}, "semvie.visual_layers must lie in 0..2, got 3"),
         ({"visual_layers": (-1,)}, "semvie.visual_layers must lie in 0..2, got -1"),

@@ -16,9 +16,7 @@ Write = Callable[..., tuple[Path, dict[str, np.ndarray]]]
 
 
 def convert(path: Path) -> tuple[LanguageConfig, dict[str, np.ndarray]]:
-    converted = convert_gguf(
-        path, tensors=path.with_name("t.safetensors"), tokenizer=path.with_name("t.json")
-    )
+    converted = convert_gguf(path, tensors=path.with_name("t.safetensors"), tokenizer=path.with_name("t.json"))
     return converted.config, load_file(path.with_name("t.safetensors"))
 
 
@@ -39,9 +37,7 @@ def test_tensors_come_back_in_rotate_half_order(
     assert_equal(tensors, expected)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "options"), [("qwen2", {"qkv_bias": True}), ("qwen3", {"qk_norm": True})]
-)
+@pytest.mark.parametrize(("architecture", "options"), [("qwen2", {"qkv_bias": True}), ("qwen3", {"qk_norm": True})])
 def test_qwen_is_not_permuted(
     write_gguf: Write, tiny_config: LanguageConfig, architecture: str, options: dict[str, bool]
 ) -> None:

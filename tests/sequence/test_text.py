@@ -107,9 +107,7 @@ def test_what_is_not_unicode_is_one_clear_line(text: TextTokenizer) -> None:
         ({"chat_template": "{% for %}"}, "the chat template must be valid Jinja"),
     ],
 )
-def test_a_config_that_does_not_fit_is_one_clear_line(
-    path: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_a_config_that_does_not_fit_is_one_clear_line(path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         TextTokenizer(path, config=CONFIG | changes)
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: waiting threads sleep
 
@@ -27,7 +27,9 @@ app = typer.Typer(
 data_app = typer.Typer(help="Make and encode picture sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-Model = Annotated[str | None, typer.Option("--model", "-m", help="A model's folder; default: the one that comes along.")]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="A model's folder; default: the one that comes along.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.", is_eager=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
@@ -96,7 +98,9 @@ def _save(drawn: "Generated", out: Path) -> list[Path]:
 @app.command()
 def generate(
     prompt: Annotated[list[str], typer.Argument(help="What to draw; `-` reads one prompt a line from standard input.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="A picture file, or a folder for several.")] = Path("mars.png"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="A picture file, or a folder for several.")] = Path(
+        "mars.png"
+    ),
     n: Annotated[int, typer.Option("--n", "-n", help="Pictures per prompt.")] = 1,
     seed: Annotated[int | None, typer.Option(help="The same seed draws the same picture.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; default: what the model was trained on.")] = None,
@@ -116,7 +120,7 @@ def generate(
     from mars.pipeline import DEFAULT_SAMPLING
 
     prompts = _prompts(prompt)
-    asked = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    asked: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling = replace(DEFAULT_SAMPLING, **{name: value for name, value in asked.items() if value is not None})
     _targets(out, 1)
     pipe = _open(model)

@@ -32,7 +32,7 @@ def encode_pictures(
     tokenizer: ImageTokenizer,
     digest: str,
     out: Path,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] | None = None,
 ) -> int:
     """Writes the code shard of a picture shard; returns how many pictures it holds.
 
@@ -46,6 +46,7 @@ def encode_pictures(
         while batch := list(islice(pictures, BATCH)):
             yield from _encode(tokenizer, batch)
             done += len(batch)
-            progress(done)
+            if progress is not None:
+                progress(done)
 
     return write_codes(out, coded(), tokenizer=digest)

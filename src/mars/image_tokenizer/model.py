@@ -6,6 +6,8 @@
 Letters: B batch, R rows, C columns, Z code width.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,8 +32,8 @@ class ResnetBlock(nn.Module):
         """(B, inputs, h, w) -> (B, outputs, h, w)."""
         hidden = self.conv1(F.silu(self.norm1(x)))
         hidden = self.conv2(F.silu(self.norm2(hidden)))
-        skip: Tensor = self.nin_shortcut(x)
-        return skip + hidden
+        out: Tensor = self.nin_shortcut(x) + hidden
+        return out
 
 
 class AttnBlock(nn.Module):
@@ -86,7 +88,7 @@ class Level(nn.Module):
     def __init__(self, inputs: int, outputs: int, *, blocks: int, attention: bool, groups: int) -> None:
         super().__init__()
         widths = [inputs] + [outputs] * blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(outputs, groups) for _ in range(blocks if attention else 0))
         self.downsample: nn.Module = nn.Identity()
         self.upsample: nn.Module = nn.Identity()

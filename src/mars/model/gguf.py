@@ -45,9 +45,7 @@ class _Metadata:
     def need(self, key: str) -> Any:
         value = self.get(key)
         if value is None:
-            raise ModelError(
-                f"{self.source} must give {key}, got none; the file is not a whole language model"
-            )
+            raise ModelError(f"{self.source} must give {key}, got none; the file is not a whole language model")
         return value
 
 
@@ -69,9 +67,7 @@ def _config(metadata: _Metadata, shapes: dict[str, tuple[int, ...]]) -> Language
     source = metadata.source
     architecture = metadata.need("general.architecture")
     if architecture not in _ARCHITECTURES:
-        raise ModelError(
-            f"{source}: architecture must be one of {', '.join(_ARCHITECTURES)}, got {architecture!r}"
-        )
+        raise ModelError(f"{source}: architecture must be one of {', '.join(_ARCHITECTURES)}, got {architecture!r}")
     if "token_embd.weight" not in shapes:
         raise ModelError(f"{source} must hold tensor token_embd.weight, got none; the file is incomplete")
     scaling = metadata.get(f"{architecture}.rope.scaling.type")
@@ -84,9 +80,7 @@ def _config(metadata: _Metadata, shapes: dict[str, tuple[int, ...]]) -> Language
         heads = int(metadata.need(f"{architecture}.attention.head_count"))
         layers = int(metadata.need(f"{architecture}.block_count"))
         if layers > len(shapes):
-            raise ModelError(
-                f"{source} must hold {layers} layers, got {len(shapes)} tensors; it is incomplete"
-            )
+            raise ModelError(f"{source} must hold {layers} layers, got {len(shapes)} tensors; it is incomplete")
         # 1e-5 is stored as the float32 9.99999975e-06: take the shortest number that means the same float32.
         epsilon = np.float32(metadata.need(f"{architecture}.attention.layer_norm_rms_epsilon"))
         head_width = int(metadata.get(f"{architecture}.attention.key_length") or width // heads)
@@ -123,9 +117,7 @@ def _rotate_half(rows: npt.NDArray[np.float32], *, heads: int) -> npt.NDArray[np
     return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows.shape))
 
 
-def _tensor(
-    found: ReaderTensor, *, name: str, config: LanguageConfig, interleaved: bool, source: str
-) -> torch.Tensor:
+def _tensor(found: ReaderTensor, *, name: str, config: LanguageConfig, interleaved: bool, source: str) -> torch.Tensor:
     try:
         values = np.asarray(dequantize(found.data, found.tensor_type), dtype=np.float32)
     except NotImplementedError as error:
@@ -133,9 +125,7 @@ def _tensor(
             f"{source}: type {found.tensor_type.name} of tensor {found.name} cannot be read; use another file"
         ) from error
     if not np.isfinite(values).all():
-        raise ModelError(
-            f"{source}: tensor {found.name} must be finite, got NaN or infinity; the file is damaged"
-        )
+        raise ModelError(f"{source}: tensor {found.name} must be finite, got NaN or infinity; the file is damaged")
     if interleaved and ".q_proj." in name:
         values = _rotate_half(values, heads=config.num_heads)
     if interleaved and ".k_proj." in name:
@@ -178,18 +168,14 @@ def convert_gguf(path: Path, *, tensors: Path, tokenizer: Path) -> Converted:
     found_shapes = {name: _shape(tensor) for name, tensor in found.items()}
     config = _config(metadata, found_shapes)
     shapes = dict(sorted(language_shapes(config).items()))
-    check_shapes(
-        found_shapes, expected={gguf_name(name): shape for name, shape in shapes.items()}, source=source
-    )
+    check_shapes(found_shapes, expected={gguf_name(name): shape for name, shape in shapes.items()}, source=source)
     write_tokenizer(_tokens(metadata), path=tokenizer, source=source)
     interleaved = metadata.need("general.architecture") == "llama"
     digest = Digest()
     with tensors.open("wb") as file:
         file.write(_header(shapes))
         for name in shapes:
-            tensor = _tensor(
-                found[gguf_name(name)], name=name, config=config, interleaved=interleaved, source=source
-            )
+            tensor = _tensor(found[gguf_name(name)], name=name, config=config, interleaved=interleaved, source=source)
             digest.add(name, tensor)
             file.write(tensor.numpy().data)
     return Converted(

@@ -76,9 +76,7 @@ _PRE: dict[str, Callable[[Tokenizer], None]] = {
 def write_tokenizer(tokens: GGUFTokens, *, path: Path, source: str) -> None:
     """Writes the tokenizer.json at `path`; ModelError for a kind whose exact rules we do not know."""
     if tokens.model != "gpt2":
-        raise ModelError(
-            f"{source}: the tokenizer must be of kind 'gpt2' (byte-level BPE), got {tokens.model!r}"
-        )
+        raise ModelError(f"{source}: the tokenizer must be of kind 'gpt2' (byte-level BPE), got {tokens.model!r}")
     if tokens.pre not in _PRE:
         raise ModelError(f"{source}: tokenizer.ggml.pre must be one of {', '.join(_PRE)}, got {tokens.pre!r}")
     if len(tokens.kinds) != len(tokens.tokens):
@@ -95,9 +93,7 @@ def write_tokenizer(tokens: GGUFTokens, *, path: Path, source: str) -> None:
     try:
         tokenizer = Tokenizer(BPE(vocab, merges, ignore_merges=tokens.pre in ("llama-bpe", "llama3")))
     except Exception as error:  # what `tokenizers` raises has no class of its own
-        raise ModelError(
-            f"{source}: tokens and merges do not fit together ({error}); the file is damaged"
-        ) from error
+        raise ModelError(f"{source}: tokens and merges do not fit together ({error}); the file is damaged") from error
     _PRE[tokens.pre](tokenizer)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(

@@ -21,9 +21,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(
-            f"{path.parent} must hold {path.name}, got none; a language model needs it"
-        ) from None
+        raise ModelError(f"{path.parent} must hold {path.name}, got none; a language model needs it") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} must be a JSON file, got: {error}") from error
     if not isinstance(content, dict):
@@ -35,16 +33,12 @@ def hub_config(fields: Mapping[str, Any], *, source: str) -> LanguageConfig:
     """The shapes that a hub `config.json` describes; ModelError for what we cannot run."""
     architecture = (fields.get("architectures") or ["none"])[0]
     if architecture not in _ARCHITECTURES:
-        raise ModelError(
-            f"{source}: architecture must be one of {', '.join(_ARCHITECTURES)}, got {architecture}"
-        )
+        raise ModelError(f"{source}: architecture must be one of {', '.join(_ARCHITECTURES)}, got {architecture}")
     rope = fields.get("rope_parameters") or {}
     scaling = fields.get("rope_scaling") or rope
     wrong = {
         "rope_scaling": scaling.get("rope_type", scaling.get("type", "default")) != "default",
-        "partial_rotary_factor": float(
-            rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
-        )
+        "partial_rotary_factor": float(rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0)))
         != 1.0,
         "use_sliding_window": bool(fields.get("use_sliding_window")),
         "attention_bias": bool(fields.get("attention_bias")),
@@ -54,8 +48,7 @@ def hub_config(fields: Mapping[str, Any], *, source: str) -> LanguageConfig:
     }
     for name in (name for name, is_wrong in wrong.items() if is_wrong):
         raise ModelError(
-            f"{source}: {name} must be at its default, got {json.dumps(fields.get(name, scaling))}; "
-            "use another model"
+            f"{source}: {name} must be at its default, got {json.dumps(fields.get(name, scaling))}; use another model"
         )
     try:
         heads, width = int(fields["num_attention_heads"]), int(fields["hidden_size"])
@@ -84,9 +77,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / _WEIGHTS).is_file():
         return [folder / _WEIGHTS]
     if not (folder / _INDEX).is_file():
-        raise ModelError(
-            f"{folder} must hold {_WEIGHTS} or {_INDEX}, got neither; only safetensors weights are read"
-        )
+        raise ModelError(f"{folder} must hold {_WEIGHTS} or {_INDEX}, got neither; only safetensors weights are read")
     weight_map = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{folder / _INDEX} must hold a weight_map, got none")
@@ -109,13 +100,9 @@ def _read(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
                 for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
                     yield name, file.get_tensor(name)
         except FileNotFoundError:
-            raise ModelError(
-                f"{path.parent} must hold {path.name}, got none; the model is incomplete"
-            ) from None
+            raise ModelError(f"{path.parent} must hold {path.name}, got none; the model is incomplete") from None
         except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{path} must be a whole safetensors file, got: {error}; download it again"
-            ) from error
+            raise ModelError(f"{path} must be a whole safetensors file, got: {error}; download it again") from error
 
 
 def read_hub_tensors(folder: Path, config: LanguageConfig) -> dict[str, torch.Tensor]:
@@ -124,8 +111,7 @@ def read_hub_tensors(folder: Path, config: LanguageConfig) -> dict[str, torch.Te
     found = {
         name: tensor
         for name, tensor in _read(_weight_files(folder))
-        if not name.endswith("rotary_emb.inv_freq")
-        and not (config.tied_embeddings and name == "lm_head.weight")
+        if not name.endswith("rotary_emb.inv_freq") and not (config.tied_embeddings and name == "lm_head.weight")
     }
     check_shapes(
         {name: tensor.shape for name, tensor in found.items()},
@@ -141,17 +127,13 @@ def read_hub_tensors(folder: Path, config: LanguageConfig) -> dict[str, torch.Te
             )
         tensors[ours] = tensor.to(torch.float32)
         if not torch.isfinite(tensors[ours].sum()):
-            raise ModelError(
-                f"{folder}: tensor {name} must be finite, got NaN or infinity; the file is damaged"
-            )
+            raise ModelError(f"{folder}: tensor {name} must be finite, got NaN or infinity; the file is damaged")
     return tensors
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """`bos_token_id`, `eos_token_id` (int or None) and `chat_template` (str or None) of a hub folder."""
-    settings = (
-        read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    )
+    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     model = read_json(folder / "config.json")
     tokenizer = read_json(folder / "tokenizer.json")
     ids = {token["content"]: int(token["id"]) for token in tokenizer.get("added_tokens") or []}

@@ -77,9 +77,7 @@ def gguf_name(name: str) -> str:
     return f"blk.{number}.{_LAYER[part][1]}.{kind}"
 
 
-def check_shapes(
-    found: Mapping[str, Sequence[int]], *, expected: Mapping[str, Sequence[int]], source: str
-) -> None:
+def check_shapes(found: Mapping[str, Sequence[int]], *, expected: Mapping[str, Sequence[int]], source: str) -> None:
     """Raises ModelError unless `found` holds exactly the expected names, each with its shape."""
 
     def some(names: Iterable[str]) -> str:

@@ -50,7 +50,7 @@ class Rotary:
         """Cosines and sines (2, B, 1, T, E) of positions, all below `longest`."""
         if self.table.shape[1] < longest or self.table.device != positions_BT.device:
             powers_E = torch.arange(0, self.head_width, 2, device=positions_BT.device).float() / self.head_width
-            angles = torch.arange(max(longest, 512), device=positions_BT.device)[:, None] / self.theta**powers_E
+            angles = torch.arange(max(2 * longest, 512), device=positions_BT.device)[:, None] / self.theta**powers_E
             angles = torch.cat([angles, angles], dim=1)
             self.table = torch.stack([angles.cos(), angles.sin()])
         return self.table[:, positions_BT][:, :, None].to(dtype)

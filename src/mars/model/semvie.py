@@ -45,7 +45,9 @@ class SemVIELayer(nn.Module):
         self.share_norms = semvie.share_norms
         self.qk_norm = language.qk_norm
 
-    def forward(self, x_BTD: Tensor, modality: Modality, *, cache: Cache, rotary: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, modality: Modality, *, cache: Cache, rotary: Tensor, mask: Tensor | None
+    ) -> Tensor:
         """Runs one segment's positions and leaves their keys and values in the cache. (B, T, D), the same out."""
         expert = self.language if modality is Modality.TEXT else self.visual
         if expert is None:

@@ -22,7 +22,10 @@ from mars.sequence.layout import Modality, Segment, text_segment
 from mars.sequence.vocabulary import Vocabulary
 
 NOISE = 0.02
-"""Standard deviation of the noise on visual rows, as a share of the text embeddings' own deviation where these exist."""
+"""Deviation of the noise on visual rows, as a share of the text embeddings' own where the widths are equal."""
+
+NARROW_INPUT = 0.3
+"""Standard deviation of the input tables of a visual expert that is narrower than the LLM."""
 
 
 def is_language(name: str) -> bool:
@@ -34,8 +37,8 @@ class MarsTransformer(nn.Module):
     """A frozen LLM and its visual expert.
 
     Tables: `language_embedding` and `language_head` (absent when tied) are the LLM's; `visual_embedding` and
-    `visual_head` hold a row per code, special and dead id; `special_embedding` and `special_head` are the special ids as
-    text positions see them, in the LLM's width.
+    `visual_head` hold a row per code, special and dead id; `special_embedding` and `special_head` are the special
+    ids as text positions see them, in the LLM's width.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -165,11 +168,14 @@ def build_transformer(config: ModelConfig, language: Mapping[str, Tensor]) -> Ma
 
 
 @torch.no_grad()
-def start_visual(transformer: MarsTransformer, *, generator: torch.Generator) -> None:
+def start_visual(
+    transformer: MarsTransformer, *, generator: torch.Generator, codebook_VZ: Tensor | None = None
+) -> None:
     """Gives the visual side its starting weights.
 
-    Tables start at the mean of the text embeddings plus a little noise (a table narrower than the LLM's, where no such
-    mean exists, at noise alone). Experts start as a copy of the LLM's layers, or at random with silent outputs.
+    Tables start at the mean of the text embeddings plus a little noise. A table narrower than the LLM's, where no such
+    mean exists, starts at noise, or (ours) at a random projection of the image tokenizer's codebook: codes that look
+    alike then start alike. Experts start as a copy of the LLM's layers, or at random with silent outputs.
     """
     config = transformer.config
     text = transformer.language_embedding.weight
@@ -182,11 +188,13 @@ def start_visual(transformer: MarsTransformer, *, generator: torch.Generator) ->
             continue
         weight.normal_(0, 1, generator=generator)
         if name.startswith("visual_grid"):
-            weight.mul_(0 if config.semvie.init == "copy" else NOISE)
+            weight.mul_(0 if config.semvie.init == "copy" else NARROW_INPUT)
         elif weight.shape[1] == len(mean):
             weight.mul_(deviation * NOISE).add_(mean)
         else:
-            weight.mul_(NOISE)
+            if codebook_VZ is not None:
+                weight[: len(codebook_VZ)] = _project(codebook_VZ, weight.shape[1], generator)
+            weight.mul_(NOISE if name.startswith("visual_head") else NARROW_INPUT)
     for language, visual in _layer_pairs(transformer):
         if config.semvie.init == "copy":
             wanted = language.state_dict()
@@ -194,6 +202,13 @@ def start_visual(transformer: MarsTransformer, *, generator: torch.Generator) ->
                 weight.copy_(wanted[name])
         else:
             _start_random(visual, generator)
+
+
+def _project(codebook_VZ: Tensor, width: int, generator: torch.Generator) -> Tensor:
+    """Codebook vectors of unit variance, turned at random into (V, width) of unit variance."""
+    normal_VZ = (codebook_VZ - codebook_VZ.mean(dim=0)) / codebook_VZ.std()
+    turn_ZD = torch.randn(codebook_VZ.shape[1], width, generator=generator) * codebook_VZ.shape[1] ** -0.5
+    return cast(Tensor, normal_VZ @ turn_ZD)
 
 
 def _layer_pairs(transformer: MarsTransformer) -> Iterator[tuple[Expert, Expert]]:

@@ -84,7 +84,7 @@ def read_image(codes_BRC: Tensor, vocabulary: Vocabulary) -> Segment:
 def written_text(
     rows: Sequence[Sequence[int]], vocabulary: Vocabulary, *, hints: Sequence[Sequence[int]], end: int
 ) -> Segment:
-    """Text that follows an image: `</img>`, a hint that is only read, and the caption, which is predicted, `end` last."""
+    """Text that follows an image: `</img>`, a hint that is only read, and the caption, predicted, `end` last."""
     pairs = list(zip(hints, rows, strict=True))
     ids, mask = pad([[vocabulary.image_end, *hint, *row] for hint, row in pairs], fill=0)
     targets, _ = pad([[IGNORE] * len(hint) + [*row, end] for hint, row in pairs], fill=IGNORE)

@@ -12,7 +12,6 @@ from tokenizers import Tokenizer
 
 from mars.errors import ModelError, PromptError
 
-
 CAPTION_HINTS = {"en": "English:", "zh": "中文："}
 """What a caption begins with, so that its language can be chosen; ours."""
 
@@ -35,9 +34,7 @@ class TextTokenizer:
         bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
         eos = bos if eos is None else eos
         if eos is None:
-            raise ModelError(
-                f"{path}: the tokenizer must have an end-of-text token, got none; set eos_token_id"
-            )
+            raise ModelError(f"{path}: the tokenizer must have an end-of-text token, got none; set eos_token_id")
         self.eos_id = int(eos)
         """Ends a text."""
         self.bos_id = self.eos_id if bos is None else int(bos)
@@ -49,9 +46,7 @@ class TextTokenizer:
             raise ModelError(
                 f"{path}: control tokens must be below {self.vocab_size}, got {self.bos_id} and {self.eos_id}"
             )
-        special = [
-            token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special
-        ]
+        special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
         self._specials = re.compile("|".join(map(re.escape, special)) or "(?!)")
         self._template_source: str | None = config.get("chat_template")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -92,9 +87,7 @@ class TextTokenizer:
             )
         except TemplateError as error:
             raise ModelError(f"{self._path}: the chat template cannot be applied: {error}") from error
-        pieces = (
-            self._chat_tokenizer.encode(piece, add_special_tokens=False).ids for piece in rendered.split(mark)
-        )
+        pieces = (self._chat_tokenizer.encode(piece, add_special_tokens=False).ids for piece in rendered.split(mark))
         return [number for ids in pieces for number in ids]
 
     def _load(self) -> Tokenizer:
@@ -130,7 +123,5 @@ def _checked(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise PromptError(
-            f"a text must be valid Unicode, got a lone surrogate at character {error.start}"
-        ) from error
+        raise PromptError(f"a text must be valid Unicode, got a lone surrogate at character {error.start}") from error
     return text

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ def orthogonalize(matrices: Tensor, *, iterations: int = 5) -> Tensor:
     for _ in range(iterations):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return x.mT if tall else x
+    return cast(Tensor, x.mT) if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -37,7 +38,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(list(weights), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
         """One step of all weights that have a gradient."""
         for group in self.param_groups:
             shapes: dict[torch.Size, list[nn.Parameter]] = {}
@@ -65,7 +66,8 @@ def build_optimizers(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
 
     Tables and vectors are not decayed.
     """
-    matrices, tables = [], []
+    matrices: list[nn.Parameter] = []
+    tables: list[nn.Parameter] = []
     for name, weight in named:
         (matrices if ".visual." in name and weight.dim() == 2 else tables).append(weight)
     groups: list[dict[str, object]] = [{"params": tables, "weight_decay": 0.0, "lr": config.learning_rate}]

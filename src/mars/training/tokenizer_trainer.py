@@ -78,7 +78,8 @@ class TokenizerTrainingConfig:
 
 def load_pictures(shards: Iterable[Path]) -> tuple[Tensor, Tensor]:
     """Training and held-out pictures of picture shards, each (N, 3, height, width) uint8."""
-    train, held_out = [], []
+    train: list[Tensor] = []
+    held_out: list[Tensor] = []
     for shard in shards:
         for picture in read_pictures(shard):
             pixels = np.asarray(Image.open(io.BytesIO(picture.png)).convert("RGB"))
@@ -108,7 +109,7 @@ def evaluate_tokenizer(
             distance += [perceptual(one[None], other[None]) for one, other in zip(rebuilt, images, strict=True)]
         codes.append(chunk_codes)
     tokenizer.train()
-    report = {"psnr": float(torch.cat(noise).mean()), "ssim": float(torch.cat(similar).mean())}  # type: ignore[arg-type]
+    report = {"psnr": float(torch.cat(noise).mean()), "ssim": float(torch.cat(similar).mean())}
     if distance:
         report["perceptual"] = float(torch.stack(distance).mean())
     return report | codebook_statistics(torch.cat(codes), tokenizer.config.num_codes)
@@ -168,7 +169,9 @@ class TokenizerTrainer:
                 started = time.perf_counter()
                 log.write(self.step, {**losses, "steps_per_second": pace})
                 left = (config.steps - self.step) / pace / 60
-                notify(f"step {self.step}/{config.steps} loss {losses['loss']:.4f} {pace:.2f} steps/s {left:.0f} min left")
+                notify(
+                    f"step {self.step}/{config.steps} loss {losses['loss']:.4f} {pace:.2f} steps/s {left:.0f} min left"
+                )
             if self.step % config.report_every == 0:
                 report = evaluate_tokenizer(self.tokenizer, held_out[:256])
                 log.write(self.step, {f"held_out_{name}": value for name, value in report.items()})
@@ -208,10 +211,10 @@ class TokenizerTrainer:
             parts["adversarial"] = self._adversarial(loss, rebuilt, images)
             loss = loss + parts["adversarial"]
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0)
         self.optimizer.step()
-        return {"loss": float(loss)} | {name: float(part) for name, part in parts.items()}
+        return {"loss": float(loss.detach())} | {name: float(part.detach()) for name, part in parts.items()}
 
     def save(self) -> None:
         """Writes the tokenizer, and beside it what a resumed run needs."""
@@ -288,8 +291,9 @@ class TokenizerTrainer:
         """Trains the discriminator one step; returns the decoder's share of the game."""
         judged = discriminator_loss(self.discriminator(images), self.discriminator(rebuilt.detach()))
         self.discriminator_optimizer.zero_grad(set_to_none=True)
-        judged.backward()  # type: ignore[no-untyped-call]
+        judged.backward()
         self.discriminator_optimizer.step()
-        fooled = -self.discriminator(rebuilt).mean()
+        fooled: Tensor = -self.discriminator(rebuilt).mean()
         balance = adversarial_weight(reconstruction, fooled, self.tokenizer.decoder.last_weight)
-        return self.config.adversarial_weight * balance * fooled
+        weight = self.config.adversarial_weight * balance
+        return weight * fooled

@@ -64,7 +64,8 @@ class Trainer:
             language=llm.config, semvie=config.model.semvie, num_codes=self.image_tokenizer.config.num_codes
         )
         self.transformer = build_transformer(shapes, llm.tensors)
-        start_visual(self.transformer, generator=torch.Generator().manual_seed(config.seed))
+        codebook_VZ = self.image_tokenizer.quantizer.embedding.weight
+        start_visual(self.transformer, generator=torch.Generator().manual_seed(config.seed), codebook_VZ=codebook_VZ)
         grid = self.loader.choices[0][0].shape
         self.info = ModelInfo(
             name=config.name,
@@ -82,7 +83,7 @@ class Trainer:
         if (config.out / "last").is_dir():
             self._resume()
 
-    def train(self, *, report: Report = lambda step, values: None, sampler: Sampler | None = None) -> None:
+    def train(self, *, report: Report | None = None, sampler: Sampler | None = None) -> None:
         """Trains to the last step and saves the model in `out/last` (fp32, resumable) and `out/model` (fp16)."""
         config = self.config
         log = RunLog(config.out, step=self.step)
@@ -99,16 +100,15 @@ class Trainer:
                 places = self.info.grids[0][0] * self.info.grids[0][1]
                 means |= {"images_per_second": images / seconds, "tokens_per_second": images * places / seconds}
                 log.write(self.step, means)
-                report(self.step, means)
+                if report is not None:
+                    report(self.step, means)
                 started, images, kept = time.perf_counter(), 0, {}
             if self.step % config.save_every == 0 or self.step == config.steps:
                 self.save()
             if sampler is not None and self.step % config.sample_every == 0:
                 self._sample(sampler, log)
         with atomic_folder(config.out / "model") as folder:
-            save_model(
-                folder, info=self.info, transformer=self.transformer, image_tokenizer=self.image_tokenizer
-            )
+            save_model(folder, info=self.info, transformer=self.transformer, image_tokenizer=self.image_tokenizer)
         log.close()
 
     def train_step(self) -> dict[str, float]:
@@ -131,7 +131,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         trained = list(self.transformer.visual_tensors().values())
         norm = torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip)
         for optimizer in self.optimizers:
@@ -141,9 +141,8 @@ class Trainer:
     def _text_to_image(self, samples: list[Sample], codes_BRC: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         dropped = torch.rand(len(samples), generator=generator) < self.config.guidance_dropout
         bos = self.text_tokenizer.bos_id
-        rows = [
-            [bos] if drop else [bos, *self._encode(sample.caption.text)] for sample, drop in zip(samples, dropped.tolist(), strict=True)
-        ]
+        texts = ["" if drop else sample.caption.text for sample, drop in zip(samples, dropped.tolist(), strict=True)]
+        rows = [[bos, *self._encode(text)] for text in texts]
         prefixes = self.prefixes.get(rows)
         return {
             "loss": text_to_image_loss(self.transformer, codes_BRC, prefixes),
@@ -177,7 +176,7 @@ class Trainer:
     def _load_visual(self, folder: Path) -> None:
         _, shapes = read_info(folder)
         if shapes != self.transformer.config:
-            raise CheckpointError(f"{folder} has other shapes than this configuration; give [model.semvie] the same values")
+            raise CheckpointError(f"{folder} has other shapes than the configuration; make [model.semvie] the same")
         visual = self.transformer.visual_tensors()
         stored = read_tensors(folder / "visual.safetensors")
         check_tensors(stored, visual, where=str(folder / "visual.safetensors"))

@@ -1,0 +1,143 @@
+"""What an evaluation leaves behind: report.json, report.md, predictions.jsonl and pictures, each whole or not at all."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from mars.checkpoint import write_json
+from mars.errors import RequestError
+
+LABEL = 16
+"""Pixels of height for the line of text above a picture."""
+COLUMNS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A drawn picture, the true one, and a line of text."""
+
+    label: str
+    drawn: Image.Image
+    true: Image.Image
+    right: bool
+    """Whether the true one was retrieved."""
+
+
+def contact_sheet(pairs: Sequence[Pair], *, columns: int = COLUMNS) -> Image.Image:
+    """Drawn pictures above their true ones, at least one pair; a green line between the two where retrieval succeeded."""
+    width, height = pairs[0].true.size
+    step = LABEL + 2 * height + 6
+    rows = -(-len(pairs) // columns)
+    sheet = Image.new("RGB", (min(columns, len(pairs)) * (width + 4), rows * step), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, pair in enumerate(pairs):
+        left, top = index % columns * (width + 4), index // columns * step
+        pen.text((left + 2, top + 2), _shortened(pair.label, pen, width), fill="black")
+        sheet.paste(pair.drawn.convert("RGB").resize((width, height)), (left, top + LABEL))
+        line = (left, top + LABEL + height, left + width - 1, top + LABEL + height + 1)
+        pen.rectangle(line, fill="green" if pair.right else "lightgrey")
+        sheet.paste(pair.true.convert("RGB"), (left, top + LABEL + height + 2))
+    return sheet
+
+
+def _shortened(text: str, pen: ImageDraw.ImageDraw, width: int) -> str:
+    """The text as far as it fits; PIL's own font knows ASCII only."""
+    text = text if text.isascii() else ""
+    while text and pen.textlength(text) > width - 4:
+        text = text[:-1]
+    return text
+
+
+def open_folder(out: Path) -> None:
+    """Makes the folder of a report before anything is measured.
+
+    Raises:
+        RequestError: if it cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"the report's folder {out} cannot be made: {error.strerror or error}") from None
+
+
+def write_report(
+    out: Path,
+    report: dict[str, Any],
+    *,
+    predictions: Sequence[dict[str, Any]],
+    pictures: dict[str, Image.Image],
+) -> str:
+    """Writes `report.json`, `report.md`, `predictions.jsonl` and `NAME.png` for each picture; returns the markdown.
+
+    Raises:
+        RequestError, CheckpointError: if a file cannot be written.
+    """
+    text = markdown(report)
+    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions)
+    for name, content in (("report.md", text), ("predictions.jsonl", lines)):
+        _whole(out / name, content.encode())
+    for name, picture in pictures.items():
+        _whole(out / f"{name}.png", picture)
+    write_json(out / "report.json", report)
+    return text
+
+
+def _whole(path: Path, content: bytes | Image.Image) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        if isinstance(content, bytes):
+            partial.write_bytes(content)
+        else:
+            content.save(partial, format="PNG")
+        partial.replace(path)
+    except OSError as error:
+        raise RequestError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a page with two tables: retrieval, and the image tokenizer."""
+    settings, model = report["settings"], report["model"]
+    lines = [
+        f"# Evaluation of {model['name']}",
+        "",
+        f"Top-1 and top-5 retrieval of the true picture among {settings['candidates']} of its own style, by features of "
+        f"EfficientNet-Lite0; 95 % bootstrap intervals. Floor: {settings['floor_pictures']} pictures drawn for the empty "
+        "prompt. Ceiling: the image tokenizer's reconstructions of the true pictures. Share: of the way from floor to "
+        "ceiling.",
+        "",
+        "| prompts | language | n | top-1 | floor | ceiling | share | top-5 | floor | ceiling | share |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, languages in report["retrieval"].items():
+        for language, figures in languages.items():
+            cells = [cell for top in ("top1", "top5") for cell in _cells(figures[top])]
+            lines.append(f"| {name} | {language} | {figures['prompts']} | {' | '.join(cells)} |")
+    codec = report["image_tokenizer"]
+    values = [f"{codec['psnr']:.2f} dB", f"{codec['ssim']:.3f}", f"{codec['perceptual']:.3f}"]
+    values += [f"{codec['usage']:.1%}", f"{codec['perplexity']:,.0f}"]
+    lines += [
+        "",
+        "| held-out pictures | PSNR | SSIM | perceptual distance | codes used | perplexity |",
+        "|--:|--:|--:|--:|--:|--:|",
+        f"| {codec['held_out_pictures']} | {' | '.join(values)} |",
+        "",
+        f"Sampling {json.dumps(settings['sampling'])}, seed {settings['seed']}; model {model['visual_digest'][:19]}; "
+        f"{report['machine']['cores']} cores, {sum(report['seconds'].values()):.0f} s.",
+        *[f"Note: {note}" for note in report["notes"]],
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(figures: dict[str, Any]) -> list[str]:
+    low, high = figures["model_interval"]
+    share = "-" if figures["share_of_way"] is None else f"{figures['share_of_way']:.0%}"
+    if figures["share_of_way_interval"] is not None:
+        share += " ({:.0%}..{:.0%})".format(*figures["share_of_way_interval"])
+    model = f"{figures['model']:.1%} ({low:.1%}..{high:.1%})"
+    return [model, f"{figures['floor']:.1%}", f"{figures['ceiling']:.1%}", share]
