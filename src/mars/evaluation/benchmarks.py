@@ -13,7 +13,6 @@ import hashlib
 import io
 import os
 import platform
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from mars.data.shards import Picture, read_pictures
 from mars.errors import DataError, RequestError
 from mars.evaluation.features import PACKAGE, EfficientNetLite0
 from mars.evaluation.metrics import hits, ranks, summary
+from mars.evaluation.questions import CANDIDATES, LANGUAGES, POOL, SETS, Question, choose_questions
 from mars.evaluation.report import Pair, contact_sheet, open_folder, write_report
 from mars.generation.engine import DrawRequest, draw
 from mars.generation.sampling import Sampling
@@ -39,46 +39,12 @@ from mars.image_tokenizer.model import ImageTokenizer
 from mars.pipeline import DEFAULT_SAMPLING, MarsPipeline
 from mars.training.tokenizer_trainer import evaluate_tokenizer, reconstruction_grid
 
-LANGUAGES = ("en", "zh")
-CANDIDATES = 100
-POOL = 150
-"""Pictures of a style that wrong candidates are chosen from; more would only cost time, as each needs features."""
 FLOOR_PICTURES = 64
 BATCH = 16
 SHEET = 32
 TOPS = (1, 5)
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptSet:
-    """Which captions are drawn."""
-
-    split: str
-    kind: str
-    share: float
-    """Of the number of prompts asked for."""
-
-
-SETS = {
-    "trained names": PromptSet(split="train", kind="style", share=1),
-    "held-out pictures": PromptSet(split="picture", kind="style", share=0.5),
-    "held-out concepts": PromptSet(split="concept", kind="style", share=0.5),
-    "paraphrases": PromptSet(split="train", kind="paraphrase", share=0.5),
-}
-"""Trained names stand first: the contact sheets show them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """Prompts for one true picture, and what it must be told from."""
-
-    key: str
-    prompts: dict[str, str]
-    """By language."""
-    candidates: tuple[str, ...]
-    """Keys; the true picture is the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,40 +71,15 @@ class Drawn:
     pairs: list[Pair] = field(default_factory=list)
 
 
-def choose_questions(shard: dict[str, Picture], chosen: PromptSet, *, count: int, seed: int) -> list[Question]:
-    """At most `count` questions, at random over all styles; the same seed gives the same ones.
+@dataclass
+class Retrieval:
+    """What came of all sets."""
 
-    A candidate is any picture of the same style, of whatever split, that shows another concept, bears none of the
-    question's texts as a caption, and is not pixel for pixel the true picture (Norway's flag is Svalbard's).
-    """
-    dice = random.Random(f"{seed}/{chosen.split}/{chosen.kind}")
-    possible = [key for key, picture in shard.items() if _prompts(picture, chosen=chosen).keys() == set(LANGUAGES)]
-    keys = dice.sample(possible, min(count, len(possible)))
-    pools = {}
-    for style in sorted({shard[key].record.style for key in keys}):
-        members = [key for key, picture in shard.items() if picture.record.style == style]
-        pools[style] = random.Random(f"{seed}/{style}").sample(members, min(POOL, len(members)))
-    questions = []
-    for key in keys:
-        picture, prompts = shard[key], _prompts(shard[key], chosen=chosen)
-        names = {caption.text for caption in picture.record.captions if caption.kind == "name"}
-        texts = {*names, *prompts.values()}
-        pool = [other for other in pools[picture.record.style] if _differs(shard[other], picture=picture, texts=texts)]
-        wrong = dice.sample(pool, min(CANDIDATES - 1, len(pool)))
-        questions.append(Question(key=key, prompts=prompts, candidates=(key, *wrong)))
-    return questions
-
-
-def _prompts(picture: Picture, *, chosen: PromptSet) -> dict[str, str]:
-    """The captions of the wanted split and kind by language, if any."""
-    if picture.record.split != chosen.split:
-        return {}
-    return {caption.language: caption.text for caption in picture.record.captions if caption.kind == chosen.kind}
-
-
-def _differs(other: Picture, *, picture: Picture, texts: set[str]) -> bool:
-    same_concept = other.record.concept == picture.record.concept
-    return not (same_concept or other.png == picture.png or texts & {one.text for one in other.record.captions})
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By set, then by language."""
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    sheets: dict[str, Image.Image] = field(default_factory=dict)
+    """`drawn-LANGUAGE`: pictures of the first set."""
 
 
 def retrieval_benchmark(
@@ -150,7 +91,7 @@ def retrieval_benchmark(
     seed: int = 0,
     sets: Sequence[str] = tuple(SETS),
     sampling: Sampling = DEFAULT_SAMPLING,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measures a model and writes `report.json`, `report.md`, `predictions.jsonl` and pictures into `out`.
 
@@ -175,35 +116,24 @@ def retrieval_benchmark(
     with seconds.measure("reading"):
         shard = {picture.record.key: picture for picture in read_pictures(pictures)}
         questions = {
-            name: choose_questions(shard, SETS[name], count=count, seed=seed) for name, count in wanted.items()
+            name: choose_questions(shard, chosen=SETS[name], count=count, seed=seed) for name, count in wanted.items()
         }
-    asked = [question for group in questions.values() for question in group]
-    if not asked:
+    if not any(questions.values()):
         raise DataError(f"{pictures} holds no captions in both languages for {', '.join(wanted)}; take data/emoji.tar")
-    bench = _Bench(pipe=pipe, network=network, shard=shard, sampling=sampling, seed=seed)
-    with seconds.measure("true pictures, floor and ceiling"):
-        features = bench.shared_features(asked)
-    retrieval: dict[str, dict[str, Any]] = {}
-    predictions: list[dict[str, Any]] = []
-    images: dict[str, Image.Image] = {}
-    for name, group in questions.items():
-        for language in LANGUAGES if group else ():
-            with seconds.measure(f"{name}, {language}"):
-                drawn = bench.draw_and_rank(group, features=features, language=language)
-            retrieval.setdefault(name, {})[language] = _figures(drawn, questions=group, features=features, seed=seed)
-            predictions += [{"set": name, **line} for line in drawn.predictions]
-            images.setdefault(f"drawn-{language}", contact_sheet(drawn.pairs))
+    bench = _Bench(pipe=pipe, network=network, shard=shard, sampling=sampling, seed=seed, seconds=seconds)
+    retrieval = bench.measure(questions)
     with seconds.measure("image tokenizer"):
         held_out = [picture for picture in shard.values() if picture.record.split != "train"]
         codec, grid = tokenizer_benchmark(pipe.model.image_tokenizer, held_out=held_out)
     report = {
         **_circumstances(pipe, pictures=pictures, prompts=prompts, seed=seed, sampling=sampling),
-        "retrieval": retrieval,
+        "retrieval": retrieval.figures,
         "image_tokenizer": codec,
         "notes": _notes(questions, wanted=wanted),
         "seconds": {name: round(value, 1) for name, value in seconds.parts.items()},
     }
-    say(write_report(out, report, predictions=predictions, pictures={**images, "reconstructions": grid}))
+    images = {**retrieval.sheets, "reconstructions": grid}
+    say(write_report(out, report, predictions=retrieval.predictions, pictures=images))
     return report
 
 
@@ -220,7 +150,9 @@ def tokenizer_benchmark(
         raise DataError("the image tokenizer must be measured on held-out pictures, got none; take a shard with some")
     images = torch.stack([torch.from_numpy(np.array(_open(one))) for one in held_out]).permute(0, 3, 1, 2)
     figures = evaluate_tokenizer(image_tokenizer, images, perceptual=PerceptualDistance())
-    grid = reconstruction_grid(image_tokenizer, images[torch.linspace(0, len(images) - 1, 24).long().unique()])
+    columns = min(12, -(-len(images) // 2))
+    shown = torch.linspace(0, len(images) - 1, 2 * columns).long()  # from all styles
+    grid = reconstruction_grid(image_tokenizer, images[shown], columns=columns)
     image_tokenizer.eval()  # both leave it in training mode
     return {**figures, "held_out_pictures": len(images)}, grid
 
@@ -244,7 +176,8 @@ def _wanted(sets: Sequence[str], *, prompts: int) -> dict[str, int]:
     unknown = [name for name in sets if name not in SETS]
     if unknown or not sets or prompts < 1:
         raise RequestError(
-            f"sets must be some of {', '.join(SETS)} and prompts at least 1, got {', '.join(sets) or 'none'} and {prompts}"
+            f"sets must be some of {', '.join(SETS)} and prompts at least 1, "
+            f"got {', '.join(sets) or 'none'} and {prompts}"
         )
     return {name: max(1, int(prompts * chosen.share)) for name, chosen in SETS.items() if name in sets}
 
@@ -276,6 +209,22 @@ class _Bench:
     shard: dict[str, Picture]
     sampling: Sampling
     seed: int
+    seconds: _Stopwatch
+
+    def measure(self, questions: dict[str, list[Question]]) -> Retrieval:
+        """All sets in all languages."""
+        found = Retrieval()
+        with self.seconds.measure("true pictures, floor and ceiling"):
+            features = self.shared_features([question for group in questions.values() for question in group])
+        for name, group in questions.items():
+            for language in LANGUAGES if group else ():
+                with self.seconds.measure(f"{name}, {language}"):
+                    drawn = self.draw_and_rank(group, features=features, language=language)
+                figures = _figures(drawn, questions=group, features=features, seed=self.seed)
+                found.figures.setdefault(name, {})[language] = figures
+                found.predictions += [{"set": name, **line} for line in drawn.predictions]
+                found.sheets.setdefault(f"drawn-{language}", contact_sheet(drawn.pairs))
+        return found
 
     def shared_features(self, questions: Sequence[Question]) -> Features:
         """Features of all candidates, of the floor and of the reconstructions."""

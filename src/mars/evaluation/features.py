@@ -68,7 +68,7 @@ def efficientnet_file() -> Path:
 
 
 class ConvNorm(nn.Module):
-    """A convolution with TensorFlow's "same" padding (the odd pixel at the end), a batch norm, and ReLU6 if `active`."""
+    """A convolution with TensorFlow's "same" padding (odd pixel at the end), a batch norm, and ReLU6 if `active`."""
 
     def __init__(
         self, inputs: int, outputs: int, *, kernel: int = 1, stride: int = 1, groups: int = 1, active: bool = True

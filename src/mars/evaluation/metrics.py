@@ -36,7 +36,7 @@ def share_of_way(model: float, *, floor: float, ceiling: float) -> float | None:
 
 
 def resample(values: list[Floats], *, seed: int, times: int = 2000) -> list[Floats]:
-    """Bootstrap means: each of the arrays (N,) resampled over its entries, the same entries in all of them; (times,)."""
+    """Bootstrap means (times,) of each of the arrays (N,), the same entries drawn in all of them."""
     count = len(values[0])
     chosen = np.random.default_rng(seed).integers(count, size=(times, count))
     return [one[chosen].mean(axis=1) for one in values]

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: report.json, report.md, predictions.jsonl and pictures, each whole or not at all."""
+"""What an evaluation leaves behind: report.json, report.md, predictions.jsonl, pictures; each whole or not at all."""
 
 import json
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class Pair:
 
 
 def contact_sheet(pairs: Sequence[Pair], *, columns: int = COLUMNS) -> Image.Image:
-    """Drawn pictures above their true ones, at least one pair; a green line between the two where retrieval succeeded."""
+    """Drawn pictures above their true ones, at least one pair; a green line between where retrieval succeeded."""
     width, height = pairs[0].true.size
     step = LABEL + 2 * height + 6
     rows = -(-len(pairs) // columns)
@@ -106,10 +106,10 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         f"# Evaluation of {model['name']}",
         "",
-        f"Top-1 and top-5 retrieval of the true picture among {settings['candidates']} of its own style, by features of "
-        f"EfficientNet-Lite0; 95 % bootstrap intervals. Floor: {settings['floor_pictures']} pictures drawn for the empty "
-        "prompt. Ceiling: the image tokenizer's reconstructions of the true pictures. Share: of the way from floor to "
-        "ceiling.",
+        f"Top-1 and top-5 retrieval of the true picture among {settings['candidates']} of its own style, by features "
+        f"of EfficientNet-Lite0; 95 % bootstrap intervals. Floor: {settings['floor_pictures']} pictures drawn for the "
+        "empty prompt. Ceiling: the image tokenizer's reconstructions of the true pictures. Share: of the way from "
+        "floor to ceiling.",
         "",
         "| prompts | language | n | top-1 | floor | ceiling | share | top-5 | floor | ceiling | share |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",

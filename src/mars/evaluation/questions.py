@@ -1,0 +1,77 @@
+"""Which captions are drawn, and which pictures the right one must be told from. All of it is fixed by a seed."""
+
+import random
+from dataclasses import dataclass
+
+from mars.data.shards import Picture
+
+LANGUAGES = ("en", "zh")
+CANDIDATES = 100
+POOL = 150
+"""Pictures of a style that wrong candidates are chosen from; more would only cost time, as each needs features."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSet:
+    """Which captions are drawn."""
+
+    split: str
+    kind: str
+    share: float
+    """Of the number of prompts asked for."""
+
+
+SETS = {
+    "trained names": PromptSet(split="train", kind="style", share=1),
+    "held-out pictures": PromptSet(split="picture", kind="style", share=0.5),
+    "held-out concepts": PromptSet(split="concept", kind="style", share=0.5),
+    "paraphrases": PromptSet(split="train", kind="paraphrase", share=0.5),
+}
+"""Trained names stand first: the contact sheets show them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """Prompts for one true picture, and what it must be told from."""
+
+    key: str
+    prompts: dict[str, str]
+    """By language."""
+    candidates: tuple[str, ...]
+    """Keys; the true picture is the first."""
+
+
+def choose_questions(shard: dict[str, Picture], *, chosen: PromptSet, count: int, seed: int) -> list[Question]:
+    """At most `count` questions, at random over all styles; the same seed gives the same ones.
+
+    A candidate is any picture of the same style, of whatever split, that shows another concept, bears none of the
+    question's texts as a caption, and is not pixel for pixel the true picture (Norway's flag is Svalbard's).
+    """
+    dice = random.Random(f"{seed}/{chosen.split}/{chosen.kind}")
+    possible = [key for key, picture in shard.items() if _prompts(picture, chosen=chosen).keys() == set(LANGUAGES)]
+    keys = dice.sample(possible, min(count, len(possible)))
+    pools = {}
+    for style in sorted({shard[key].record.style for key in keys}):
+        members = [key for key, picture in shard.items() if picture.record.style == style]
+        pools[style] = random.Random(f"{seed}/{style}").sample(members, min(POOL, len(members)))
+    questions = []
+    for key in keys:
+        picture, prompts = shard[key], _prompts(shard[key], chosen=chosen)
+        names = {caption.text for caption in picture.record.captions if caption.kind == "name"}
+        texts = {*names, *prompts.values()}
+        pool = [other for other in pools[picture.record.style] if _differs(shard[other], picture=picture, texts=texts)]
+        wrong = dice.sample(pool, min(CANDIDATES - 1, len(pool)))
+        questions.append(Question(key=key, prompts=prompts, candidates=(key, *wrong)))
+    return questions
+
+
+def _prompts(picture: Picture, *, chosen: PromptSet) -> dict[str, str]:
+    """The captions of the wanted split and kind by language, if any."""
+    if picture.record.split != chosen.split:
+        return {}
+    return {caption.language: caption.text for caption in picture.record.captions if caption.kind == chosen.kind}
+
+
+def _differs(other: Picture, *, picture: Picture, texts: set[str]) -> bool:
+    same_concept = other.record.concept == picture.record.concept
+    return not (same_concept or other.png == picture.png or texts & {one.text for one in other.record.captions})
