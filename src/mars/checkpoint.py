@@ -1,7 +1,6 @@
 """A folder of weights: `config.json` beside `.safetensors` files, saved whole or not at all, loaded strictly."""
 
 import errno
-import hashlib
 import json
 import os
 import secrets
@@ -23,6 +22,7 @@ from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.image_tokenizer.model import ImageTokenizer
 from mars.model.base_llm import open_base_llm
 from mars.model.config import ModelConfig
+from mars.model.language_tensors import tensors_digest
 from mars.model.transformer import MarsTransformer, build_transformer
 from mars.sequence.text import TextTokenizer
 
@@ -162,16 +162,6 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -
             state[name].copy_(tensor)
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """`sha256:` over the sorted names, dtypes, shapes and bytes of tensors."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        total.update(tensor.view(-1).view(torch.uint8).numpy().data)
-    return f"sha256:{total.hexdigest()}"
-
-
 FORMAT = "mars-1"
 """Version of the folder's layout."""
 
@@ -228,7 +218,7 @@ def codes_digest(tokenizer: ImageTokenizer) -> str:
     """Digest of what decides codes: encoder and codebook. Training the decoder alone does not change it."""
     parts = ("encoder.", "quant_conv.", "quantizer.")
     halves = {name: tensor.half() for name, tensor in tokenizer.state_dict().items() if name.startswith(parts)}
-    return digest(halves)
+    return tensors_digest(halves)
 
 
 def save_model(
@@ -303,5 +293,7 @@ def load_model(folder: Path, *, notify: Callable[[str], None] | None = None) -> 
         transformer=transformer.eval(),
         image_tokenizer=image_tokenizer,
         text_tokenizer=TextTokenizer(llm.tokenizer, config=llm.tokenizer_config),
-        visual_digest=digest({**stored, **{f"image_tokenizer.{name}": tensor for name, tensor in codec.items()}}),
+        visual_digest=tensors_digest(
+            {**stored, **{f"image_tokenizer.{name}": tensor for name, tensor in codec.items()}}
+        ),
     )

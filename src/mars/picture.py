@@ -46,9 +46,7 @@ def open_picture(path: Path) -> Image.Image:
             if min(width, height) < MIN_SIDE:
                 raise ImageError(f"{path} must be at least {MIN_SIDE} pixels on each side, got {width}x{height}")
             if width * height > MAX_PIXELS:
-                raise ImageError(
-                    f"{path} must have at most {MAX_PIXELS:,} pixels, got {width}x{height}; shrink it"
-                )
+                raise ImageError(f"{path} must have at most {MAX_PIXELS:,} pixels, got {width}x{height}; shrink it")
             image.load()
             return image.copy()
     except (FileNotFoundError, IsADirectoryError):

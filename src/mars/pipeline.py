@@ -22,7 +22,7 @@ from mars.checkpoint import MarsModel, load_model
 from mars.errors import PromptError, RequestError
 from mars.generation.engine import DrawRequest, Progress, continue_text, draw
 from mars.generation.sampling import Sampling
-from mars.model.base_llm import language_digest
+from mars.model.language_tensors import tensors_digest
 from mars.picture import GeneratedImage, open_picture
 from mars.sequence.text import CAPTION_HINTS
 
@@ -188,7 +188,7 @@ class MarsPipeline:
             "codes": vocabulary.num_codes,
             "vocabulary": vocabulary.size,
             "picture sizes": ", ".join(f"{width}x{height}" for width, height in self.sizes),
-            "language digest": language_digest(language),
+            "language digest": tensors_digest(language),
             "language digest of the LLM": info.language_digest,
             "visual digest": self.model.visual_digest,
             "bytes in memory": sum(weight.numel() * weight.element_size() for weight in held),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mars.errors import ModelError
-from mars.model.base_llm import language_digest, open_base_llm
+from mars.model.base_llm import open_base_llm, tensors_digest
 from mars.model.language_tensors import hub_name, language_shapes
 
 WriteGGUF = Callable[..., tuple[Path, dict[str, np.ndarray]]]
@@ -28,7 +28,7 @@ def test_a_hub_folder_opens_with_equal_tensors(write_hub_folder: WriteHub, shard
         assert torch.equal(tensor, state[hub_name(name)]), name
     assert len(state) == len(llm.tensors) + tied
     assert llm.tokenizer.is_file()
-    assert llm.digest == language_digest(llm.tensors) == open_base_llm(str(folder)).digest
+    assert llm.digest == tensors_digest(llm.tensors) == open_base_llm(str(folder)).digest
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2", "Qwen3"])
@@ -60,7 +60,7 @@ def test_a_gguf_is_converted_once(write_gguf: WriteGGUF, tmp_path: Path) -> None
         "eos_token_id": 2,
         "chat_template": "{{ messages[0]['content'] }}",
     }
-    assert again.digest == first.digest == language_digest(first.tensors)
+    assert again.digest == first.digest == tensors_digest(first.tensors)
     assert list((tmp_path / "cache" / "language-models").glob("partial-*")) == []
 
 
@@ -85,7 +85,7 @@ def test_a_damaged_cache_is_rebuilt(write_gguf: WriteGGUF, tmp_path: Path, name:
     said: list[str] = []
     again = open_base_llm(str(path), cache=tmp_path / "cache", notify=said.append)
     assert said
-    assert language_digest(again.tensors) == again.digest == digest
+    assert tensors_digest(again.tensors) == again.digest == digest
     assert file.read_bytes() == content
     assert len(list((tmp_path / "cache" / "language-models").iterdir())) == 1
 

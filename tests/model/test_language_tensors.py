@@ -5,7 +5,7 @@ import torch
 
 from mars.errors import ModelError
 from mars.model.config import LanguageConfig
-from mars.model.language_tensors import check_shapes, gguf_name, hub_name, language_digest, language_shapes
+from mars.model.language_tensors import check_shapes, gguf_name, hub_name, language_shapes, tensors_digest
 
 
 def test_names_here_on_the_hub_and_in_gguf() -> None:
@@ -32,10 +32,10 @@ def test_options_add_their_tensors(tiny_config: LanguageConfig) -> None:
 
 def test_the_digest_ignores_order_and_layout_and_nothing_else() -> None:
     a, b = torch.randn(3, 4), torch.randn(2)
-    digest = language_digest({"a": a, "b": b})
+    digest = tensors_digest({"a": a, "b": b})
     assert digest.startswith("sha256:")
     assert len(digest) == len("sha256:") + 64
-    assert language_digest({"b": torch.nn.Parameter(b), "a": a.T.contiguous().T}) == digest
+    assert tensors_digest({"b": torch.nn.Parameter(b), "a": a.T.contiguous().T}) == digest
     for other in (
         {"a": a},
         {"a": a, "c": b},
@@ -43,7 +43,7 @@ def test_the_digest_ignores_order_and_layout_and_nothing_else() -> None:
         {"a": a.to(torch.bfloat16), "b": b},
         {"a": a, "b": b + 1},
     ):
-        assert language_digest(other) != digest
+        assert tensors_digest(other) != digest
 
 
 def test_the_same_shapes_pass_and_others_are_named() -> None:

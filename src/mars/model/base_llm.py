@@ -28,9 +28,9 @@ from safetensors import SafetensorError, safe_open
 from mars.errors import ConfigError, ModelError
 from mars.model.config import LanguageConfig
 from mars.model.hub_folder import hub_config, is_whole, read_hub_tensors, read_json, read_tokenizer_config
-from mars.model.language_tensors import language_digest, language_shapes
+from mars.model.language_tensors import language_shapes, tensors_digest
 
-__all__ = ["BaseLLM", "language_digest", "open_base_llm"]
+__all__ = ["BaseLLM", "open_base_llm", "tensors_digest"]
 
 _FORMAT = 1
 """Part of the cache key: raise it when a conversion would give something else."""
@@ -57,8 +57,8 @@ class BaseLLM:
 
     @cached_property
     def digest(self) -> str:
-        """`language_digest(tensors)`; about a second for 540 MB when no cache remembers it."""
-        return self.known_digest or language_digest(self.tensors)
+        """`tensors_digest(tensors)`; about a second for 540 MB when no cache remembers it."""
+        return self.known_digest or tensors_digest(self.tensors)
 
 
 def open_base_llm(

@@ -117,7 +117,7 @@ class Digest:
         return f"sha256:{self._hash.hexdigest()}"
 
 
-def language_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """Digest of named tensors, whatever their order and device: `sha256:` and 64 hexadecimal digits.
 
     It is the same for a `BaseLLM`'s tensors and for a transformer's, as long as the dtype is.

@@ -82,6 +82,8 @@ class MarsTransformer(nn.Module):
         """Ids of one modality to the first hidden states (B, T, D)."""
         if segment.modality is Modality.TEXT:
             first = self.vocabulary.first_special
+            codes = (segment.ids >= self.vocabulary.first_code) & (segment.ids < first)
+            assert not bool(codes.any()), "a text segment holds image codes"
             text: Tensor = self.language_embedding(segment.ids.clamp(max=self.config.language.vocab_size - 1))
             special = segment.ids >= first
             if not bool(special.any()):
