@@ -1,4 +1,4 @@
-"""Settings for every test: few threads, no network, the same random numbers each time."""
+"""Settings for every test (few threads, no network, the same random numbers each time), and a tiny real model."""
 
 import os
 
@@ -7,12 +7,24 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import io
+import json
 import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mars.model.transformer import MarsTransformer
+    from mars.pipeline import MarsPipeline
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
@@ -35,3 +47,173 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+WORDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GRID = (2, 3)
+"""Rows and columns of the tiny model's pictures: 48 pixels wide, 32 high."""
+
+
+def _random(tensors: Mapping[str, Tensor], *, seed: int) -> dict[str, Tensor]:
+    """Weights of these shapes, large enough that every part of a layer shows in what comes out."""
+    generator, filled = torch.Generator().manual_seed(seed), {}
+    for name, tensor in sorted(tensors.items()):
+        values = torch.randn(tensor.shape, generator=generator)
+        if name.endswith("norm.weight"):
+            filled[name] = 1 + 0.1 * values
+        else:
+            filled[name] = values * tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 0.3 * values
+    return filled
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of three layers in the hub's layout, with a tokenizer of bytes and a chat template."""
+    from tokenizers import pre_tokenizers
+
+    from mars.model.gguf_tokenizer import GGUFTokens, write_tokenizer
+    from mars.model.hub_folder import hub_config
+    from mars.model.language_tensors import hub_name, language_shapes
+
+    folder = tmp_path_factory.mktemp("llm")
+    tokens = [*WORDS, *sorted(pre_tokenizers.ByteLevel.alphabet()), "he"]
+    kinds = [3] * len(WORDS) + [1] * (len(tokens) - len(WORDS))
+    write_tokenizer(
+        GGUFTokens(model="gpt2", pre="smollm", tokens=tokens, kinds=kinds, merges=["h e"]),
+        path=folder / "tokenizer.json",
+        source="test",
+    )
+    fields: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": len(tokens), "hidden_size": 32,
+        "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 8, "max_position_embeddings": 192, "rope_theta": 10000.0, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float32",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(fields), "utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}), "utf-8")
+    shapes = language_shapes(hub_config(fields, source="test"))
+    weights = _random({hub_name(name): torch.empty(shape) for name, shape in shapes.items()}, seed=0)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def build_tiny(tiny_llm: Path) -> "Callable[..., MarsTransformer]":
+    """Builds a transformer on the tiny LLM with random visual weights; arguments are those of SemVIEConfig."""
+    from mars.model.base_llm import open_base_llm
+    from mars.model.config import ModelConfig, SemVIEConfig
+    from mars.model.transformer import build_transformer
+
+    def build(**semvie: Any) -> "MarsTransformer":
+        llm = open_base_llm(str(tiny_llm))
+        config = ModelConfig(language=llm.config, semvie=SemVIEConfig(**semvie), num_codes=64)
+        transformer = build_transformer(config, llm.tensors).eval()
+        visual = transformer.visual_tensors()
+        for name, values in _random(visual, seed=1).items():
+            visual[name].data.copy_(values * 4 if name == "visual_head.weight" else values)
+        return transformer
+
+    return build
+
+
+POCKET: dict[str, Any] = {
+    "share_norms": False, "visual_width": 24, "visual_ffn": 40, "visual_layers": (0, 2), "init": "random",
+    "grid_embedding": True, "max_grid": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def pocket() -> dict[str, Any]:
+    """The options of a narrow visual expert in some of the layers, as the shipped model has."""
+    return dict(POCKET)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path, build_tiny: "Callable[..., MarsTransformer]"
+) -> Path:
+    """The folder of a whole random model; copy it before changing it."""
+    from mars.checkpoint import ModelInfo, save_model
+    from mars.image_tokenizer.config import ImageTokenizerConfig
+    from mars.image_tokenizer.model import ImageTokenizer
+    from mars.model.base_llm import open_base_llm
+
+    torch.manual_seed(0)
+    config = ImageTokenizerConfig(num_codes=64, code_width=8, channels=(32,), patch=16, blocks_per_level=1)
+    image_tokenizer = ImageTokenizer(config)
+    image_tokenizer.quantizer.embedding.weight.data.normal_()
+    image_tokenizer.decoder.conv_out.weight.data.mul_(2)
+    info = ModelInfo(
+        name="tiny", language=str(tiny_llm), language_digest=open_base_llm(str(tiny_llm)).digest, grids=(GRID,)
+    )
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder, info=info, transformer=build_tiny(**POCKET), image_tokenizer=image_tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipe(tiny_model: Path) -> "MarsPipeline":
+    """The tiny model, opened."""
+    from mars.pipeline import MarsPipeline
+
+    return MarsPipeline.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def tiny_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture shard: 24 pictures to train on, 4 held out as concepts and 4 as pictures, all of random blocks."""
+    from mars.data.shards import Caption, Picture, Record, write_pictures
+
+    random_numbers = np.random.default_rng(0)
+
+    def picture(index: int) -> Picture:
+        split = "train" if index < 24 else "concept" if index < 28 else "picture"
+        blocks = random_numbers.integers(0, 256, (4, 6, 3), dtype=np.uint8)
+        png = io.BytesIO()
+        Image.fromarray(blocks).resize((48, 32), Image.Resampling.NEAREST).save(png, "PNG")
+        texts = {"name": f"{index}", "style": f"{index}, in style", "tags": f"t{index}", "paraphrase": f"p{index}"}
+        captions = tuple(
+            Caption(text=("图 " if language == "zh" else "") + text, language=language, kind=kind)
+            for language in ("en", "zh")
+            for kind, text in texts.items()
+        )
+        record = Record(
+            key=f"k{index}", concept=f"c{index}", style="s", split=split, source="t", licence="CC0", captions=captions
+        )
+        return Picture(record=record, png=png.getvalue())
+
+    path = tmp_path_factory.mktemp("pictures") / "tiny.tar"
+    write_pictures(path, map(picture, range(32)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_codes(tiny_pictures: Path, tiny_model: Path) -> Path:
+    """The code shard of `tiny_pictures` by the tiny model's own image tokenizer."""
+    from mars.checkpoint import codes_digest, load_image_tokenizer
+    from mars.data.encode import encode_pictures
+
+    tokenizer, _ = load_image_tokenizer(tiny_model)
+    out = tiny_pictures.with_suffix(".parquet")
+    encode_pictures(tiny_pictures, tokenizer=tokenizer, digest=codes_digest(tokenizer), out=out)
+    return out
+
+
+@pytest.fixture
+def stage(tmp_path: Path, tiny_llm: Path, tiny_model: Path, tiny_codes: Path) -> Callable[..., dict[str, Any]]:
+    """The table of a stage that trains the tiny model for ten steps; arguments replace top-level values."""
+
+    def table(**changes: Any) -> dict[str, Any]:
+        return {
+            "name": "tiny", "out": str(tmp_path / "run"), "steps": 10, "batch_size": 6, "captioning": 0.3,
+            "guidance_dropout": 0.2, "save_every": 1000, "sample_every": 1000,
+            "model": {"language": str(tiny_llm), "image_tokenizer": str(tiny_model), "semvie": dict(POCKET)},
+            "data": {"shards": [str(tiny_codes)]},
+            "optimizer": {"learning_rate": 3e-3, "warmup": 2},
+        } | changes  # fmt: skip
+
+    return table

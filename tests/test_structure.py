@@ -21,7 +21,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
 # Tests of the whole repository, which mirror no module.
-CROSS_CUTTING = {"test_structure.py"}
+CROSS_CUTTING = {"test_shipped_model.py", "test_structure.py"}
 
 # In pieces, so that this file does not hold what it looks for.
 PRIVATE = [
@@ -46,27 +46,21 @@ def functions(module: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
 def tracked_files() -> list[Path]:
     """The files that git tracks and that exist."""
     try:
-        listed = subprocess.run(
-            ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git repository")
     return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).is_file()]
 
 
 def test_no_source_file_is_longer_than_400_lines() -> None:
-    lengths = {
-        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES
-    }
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
     assert lengths
     assert {name: lines for name, lines in lengths.items() if lines > MAX_FILE_LINES} == {}
 
 
 def test_no_function_is_longer_than_60_lines() -> None:
     lengths = {
-        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}": (node.end_lineno or node.lineno)
-        - node.lineno
-        + 1
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}": (node.end_lineno or node.lineno) - node.lineno + 1
         for path in MODULES
         for node in functions(path)
     }
@@ -85,8 +79,7 @@ def test_every_test_file_mirrors_a_module() -> None:
     strays = [
         str(path)
         for path in tests
-        if str(path) not in CROSS_CUTTING
-        and not (SOURCE / path.parent / path.name.removeprefix("test_")).is_file()
+        if str(path) not in CROSS_CUTTING and not (SOURCE / path.parent / path.name.removeprefix("test_")).is_file()
     ]
     assert strays == []
 
@@ -99,9 +92,7 @@ def test_imports_follow_the_layers() -> None:
 
 def test_torchvision_is_nowhere() -> None:
     assert importlib.util.find_spec("torchvision") is None
-    names = re.findall(
-        r"^[\w.-]+", (ROOT / "constraints.txt").read_text(encoding="utf-8"), flags=re.MULTILINE
-    )
+    names = re.findall(r"^[\w.-]+", (ROOT / "constraints.txt").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert "torch" in names
     assert "torchvision" not in names
 
@@ -139,9 +130,7 @@ def test_no_tracked_file_names_a_registry_host_or_a_path_of_one_machine() -> Non
 
 def test_the_version_is_the_same_everywhere() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-    newest = re.search(
-        r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE
-    )
+    newest = re.search(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert newest is not None
     assert mars.__version__ == declared == newest.group(1)
 

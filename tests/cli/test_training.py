@@ -1,0 +1,128 @@
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mars import cli
+from mars.checkpoint import load_image_tokenizer, load_model
+from mars.cli.training import draw_samples
+
+Train = Callable[..., tuple[int, str]]
+
+
+def toml(table: dict[str, Any], section: str = "") -> str:
+    lines = [f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    tables = [(f"{section}{key}", value) for key, value in table.items() if isinstance(value, dict)]
+    return "\n".join([*lines, *(f"[{name}]\n{toml(value, f'{name}.')}" for name, value in tables)])
+
+
+@pytest.fixture
+def config(stage: Callable[..., dict[str, Any]], tmp_path: Path) -> Path:
+    """A configuration that trains the tiny model for six steps and draws once."""
+    path = tmp_path / "tiny.toml"
+    table = stage(steps=6, report_every=2, sample_every=4, sample_prompts=["a red apple", "红苹果"])
+    path.write_text(toml(table), "utf-8")
+    return path
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Train:
+    """Runs `mars train ARGUMENTS`; returns the exit code and standard error."""
+
+    def ran(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["mars", "train", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        return code, captured.err
+
+    return ran
+
+
+def test_a_stage_is_trained_continued_and_then_done(train: Train, config: Path, tmp_path: Path) -> None:
+    code, err = train(config)
+    assert code == 0
+    assert [line.split()[1] for line in err.splitlines() if line.startswith("step")] == ["2/6", "4/6", "6/6"]
+    assert "tokens/s" in err
+    assert f"the model is in {tmp_path / 'run' / 'model'}" in err
+    with Image.open(tmp_path / "run" / "samples" / "latest.png") as samples:
+        assert samples.size == (2 * 48, 32 + 16)
+    assert load_model(tmp_path / "run" / "model").info.name == "tiny"
+
+    code, err = train(config)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "has already been trained for 6 steps; ask for more with --set steps=N" in err
+
+    code, err = train(config, "--set", "steps=8")
+    assert code == 0
+    assert f"continuing {tmp_path / 'run'} at step 6" in err
+    lines = (tmp_path / "run" / "log.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8]
+
+
+def test_a_tokenizer_is_trained(train: Train, tmp_path: Path, tiny_pictures: Path) -> None:
+    table = {
+        "stage": "tokenizer", "data": [str(tiny_pictures)], "out": str(tmp_path / "run"), "steps": 3, "batch_size": 2,
+        "crop": 16, "perceptual_weight": 0.0,
+        "tokenizer": {"num_codes": 16, "code_width": 8, "channels": [32], "patch": 16, "blocks_per_level": 1},
+    }  # fmt: skip
+    (tmp_path / "a.toml").write_text(toml(table), "utf-8")
+    code, err = train(tmp_path / "a.toml", "--set", "batch_size=3")
+    assert code == 0
+    assert "psnr" in err
+    assert load_image_tokenizer(tmp_path / "run")[0].config.num_codes == 16
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stepz=3", ["unknown key stepz", "did you mean steps"]),
+        ("optimizer.learning_rat=3", ["unknown key optimizer.learning_rat", "did you mean optimizer.learning_rate"]),
+        ("steps=many", ["steps must be int, got 'many'"]),
+        ("batch_size=2.5", ["batch_size must be int, got 2.5"]),
+        ("optimizer.learning_rate=-0.1", ["optimizer.learning_rate must be greater than 0, got -0.1"]),
+        ("optimizer.name=sgd", ["optimizer.name must be"]),
+        ("stage=finetune", ["stage must be"]),
+        ("steps", ["must look like section.key=value"]),
+        ("name.first=a", ["cannot be set"]),
+        ("model.semvie.share_norms=true", ["semvie.share_norms needs visual_width"]),
+        ("data.shards=[\"none.parquet\"]", ["no code shard at none.parquet"]),
+        ("data.kinds={other=1.0}", ["no picture to train on"]),
+        ("model.language=none.gguf", ["no such file"]),
+        ("model.image_tokenizer=none", ["image_tokenizer"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_configuration_is_one_line_and_leaves_nothing(
+    train: Train, config: Path, tmp_path: Path, override: str, words: list[str]
+) -> None:
+    code, err = train(config, "--set", override)
+    assert code in (1, 2)
+    assert err.startswith("mars: ")
+    assert err.count("\n") == 1
+    assert all(word in err for word in words), err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", [None, "steps = ", "steps = 1\nsteps = 2", "a" * 10, "\x00"])
+def test_a_file_that_is_no_configuration_is_one_line(train: Train, tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "a.toml"
+    if content is not None:
+        path.write_text(content, "utf-8")
+    code, err = train(path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert str(path) in err
+
+
+def test_samples_are_a_row_of_pictures_that_repeats(tiny_model: Path) -> None:
+    sheet = draw_samples(tiny_model, ["a", "红", "c"])
+    assert sheet.size == (3 * 48, 48)
+    assert sheet.tobytes() == draw_samples(tiny_model, ["a", "红", "c"]).tobytes()

@@ -1,0 +1,179 @@
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mars.checkpoint import codes_digest, load_image_tokenizer, read_json
+from mars.config import from_dict
+from mars.data.shards import Picture, read_pictures, write_pictures
+from mars.errors import ConfigError, DataError
+from mars.training.tokenizer_trainer import (
+    TokenizerTrainer,
+    TokenizerTrainingConfig,
+    evaluate_tokenizer,
+    load_pictures,
+    reconstruction_grid,
+)
+
+
+@pytest.fixture
+def table(tmp_path: Path, tiny_pictures: Path) -> dict[str, Any]:
+    return {
+        "data": [str(tiny_pictures)], "out": str(tmp_path / "run"), "steps": 10, "batch_size": 4, "crop": 16,
+        "quantize_from": 3, "adversarial_from": 6, "perceptual_weight": 0.0, "warmup": 2, "full_from": 0.7,
+        "tokenizer": {
+            "num_codes": 16, "code_width": 8, "channels": [32], "patch": 16, "blocks_per_level": 1,
+        },
+    }  # fmt: skip
+
+
+def config_of(table: dict[str, Any], **changes: Any) -> TokenizerTrainingConfig:
+    return from_dict(TokenizerTrainingConfig, table | changes)
+
+
+def steps(trainer: TokenizerTrainer, count: int, pictures: torch.Tensor) -> list[dict[str, float]]:
+    losses = []
+    for _ in range(count):
+        losses.append(trainer.train_step(pictures))
+        trainer.step += 1
+    return losses
+
+
+def state(trainer: TokenizerTrainer) -> dict[str, torch.Tensor]:
+    found = {f"tokenizer.{name}": tensor for name, tensor in trainer.tokenizer.state_dict().items()}
+    found |= {f"judge.{name}": tensor for name, tensor in trainer.discriminator.state_dict().items()}
+    return found | trainer.codebook.state()
+
+
+@pytest.mark.parametrize("pause", [2, 5, 8], ids=["plain", "quantizing", "adversary"])
+def test_ten_steps_are_some_a_save_and_the_rest_to_the_bit(table: dict[str, Any], tmp_path: Path, pause: int) -> None:
+    config = config_of(table)
+    pictures, _ = load_pictures(config.data)
+    whole = TokenizerTrainer(replace(config, out=tmp_path / "whole"))
+    wanted = steps(whole, 10, pictures)
+    first = TokenizerTrainer(config)
+    found = steps(first, pause, pictures)
+    first.save()
+    torch.manual_seed(99)
+    resumed = TokenizerTrainer(config)
+    assert resumed.step == pause
+    found += steps(resumed, 10 - pause, pictures)
+    assert found == wanted
+    weights, right = state(resumed), state(whole)
+    assert all(torch.equal(weights[name], right[name]) for name in right)
+
+
+def test_a_few_pictures_are_learnt_by_heart(table: dict[str, Any]) -> None:
+    trainer = TokenizerTrainer(
+        config_of(table, steps=80, quantize_from=50, adversarial_from=1000, learning_rate=1e-2, full_from=0.0, crop=32)
+    )
+    pictures, _ = load_pictures(trainer.config.data)
+    losses = steps(trainer, 80, pictures[:1, :, :, :32])
+    assert losses[49]["loss"] < 0.3 * losses[0]["loss"]
+    assert losses[-1]["loss"] < 0.3 * losses[0]["loss"]
+    assert evaluate_tokenizer(trainer.tokenizer, pictures[:1, :, :, :32])["psnr"] > 16
+
+
+def test_a_whole_run_leaves_a_tokenizer_a_report_and_a_grid(table: dict[str, Any], tmp_path: Path) -> None:
+    config = config_of(table, steps=25, report_every=10)
+    _, held_out = load_pictures(config.data)
+    said: list[str] = []
+    report = TokenizerTrainer(config).train(said.append)
+    run = tmp_path / "run"
+    assert read_json(run / "report.json") == {**report, "held_out_pictures": 8, "steps": 25}
+    with Image.open(run / "reconstructions.png") as grid:
+        assert grid.size == (8 * 48, 2 * 32)
+    assert any("step 25/25" in line for line in said)
+    tokenizer, _ = load_image_tokenizer(run)
+    assert evaluate_tokenizer(tokenizer, held_out) == pytest.approx(report)
+
+
+def test_training_the_decoder_alone_keeps_every_code(table: dict[str, Any], tmp_path: Path) -> None:
+    first = TokenizerTrainer(config_of(table))
+    pictures, _ = load_pictures(first.config.data)
+    steps(first, 5, pictures)
+    first.save()
+    config = config_of(table, decoder_only=True, start_from=str(tmp_path / "run"), out=str(tmp_path / "decoder"))
+    second = TokenizerTrainer(config)
+    steps(second, 6, pictures)
+    assert codes_digest(second.tokenizer) == codes_digest(first.tokenizer)
+    images = pictures.float() / 255
+    assert torch.equal(second.tokenizer.encode(images), first.tokenizer.encode(images))
+    assert not torch.equal(second.tokenizer.decoder.last_weight, first.tokenizer.decoder.last_weight)
+
+
+def test_the_rate_warms_up_and_falls_to_a_fiftieth(table: dict[str, Any]) -> None:
+    trainer = TokenizerTrainer(config_of(table, steps=100, warmup=10))
+    rates = []
+    for trainer.step in range(100):
+        rates.append(trainer._rate())
+    assert rates[0] == pytest.approx(0.1, rel=0.01)
+    assert rates[50] == pytest.approx(0.51, abs=0.01)
+    assert 0.02 <= rates[-1] < 0.03
+    assert max(rates) <= 1
+
+
+def test_crops_come_first_and_whole_pictures_later(table: dict[str, Any]) -> None:
+    trainer = TokenizerTrainer(config_of(table, batch_size=8))
+    pictures, _ = load_pictures(trainer.config.data)
+    assert trainer._batch(pictures).shape == (8, 3, 16, 16)
+    trainer.step = 7
+    assert trainer._batch(pictures).shape == (2, 3, 32, 32)
+
+
+def test_held_out_pictures_are_never_trained_on(tiny_pictures: Path) -> None:
+    train, held_out = load_pictures([tiny_pictures])
+    assert (len(train), len(held_out)) == (24, 8)
+    for picture, pixels in zip(list(read_pictures(tiny_pictures))[24:], held_out, strict=True):
+        wanted = np.asarray(Image.open(io.BytesIO(picture.png)))
+        assert torch.equal(pixels.permute(1, 2, 0), torch.from_numpy(wanted.copy()))
+        assert not bool((train == pixels).flatten(1).all(dim=1).any())
+
+
+def test_a_set_that_cannot_be_trained_on_is_one_line(tmp_path: Path, tiny_pictures: Path) -> None:
+    pictures = list(read_pictures(tiny_pictures))
+    write_pictures(tmp_path / "train.tar", pictures[:4])
+    with pytest.raises(DataError, match="to train on and to hold out, got 4 and 0"):
+        load_pictures([tmp_path / "train.tar"])
+    png = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(png, "PNG")
+    write_pictures(
+        tmp_path / "sizes.tar", [*pictures, Picture(record=replace(pictures[0].record, key="x"), png=png.getvalue())]
+    )
+    with pytest.raises(DataError, match="must share one size"):
+        load_pictures([tmp_path / "sizes.tar"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": -1e-3}, "learning_rate must be greater than 0"),
+        ({"steps": 0}, "steps must be greater than 0"),
+        ({"crop": 20}, "crop must be a multiple of 16, got 20"),
+        ({"decoder_only": True}, "decoder_only needs start_from"),
+        ({"stepz": 3}, "unknown key stepz; did you mean steps"),
+    ],
+)
+def test_a_wrong_configuration_is_one_line(table: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_of(table, **changes)
+
+
+@pytest.mark.xfail(reason="bug F7: nothing checks these", strict=True)
+@pytest.mark.parametrize("name", ["l1_weight", "l2_weight", "commitment", "perceptual_weight", "adversarial_weight"])
+def test_a_negative_weight_is_one_line(table: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        config_of(table, **{name: -1})
+
+
+def test_a_grid_shows_pictures_above_their_reconstructions(table: dict[str, Any]) -> None:
+    trainer = TokenizerTrainer(config_of(table))
+    pictures, _ = load_pictures(trainer.config.data)
+    grid = reconstruction_grid(trainer.tokenizer, pictures, columns=3)
+    assert grid.size == (3 * 48, 4 * 32)
+    assert torch.equal(torch.from_numpy(np.asarray(grid)[:32, :48].copy()), pictures[0].permute(1, 2, 0))
