@@ -89,7 +89,7 @@ def test_a_tokenizer_is_trained(train: Train, tmp_path: Path, tiny_pictures: Pat
         ("optimizer.learning_rat=3", ["unknown key optimizer.learning_rat", "did you mean optimizer.learning_rate"]),
         ("steps=many", ["steps must be int, got 'many'"]),
         ("batch_size=2.5", ["batch_size must be int, got 2.5"]),
-        ("optimizer.learning_rate=-0.1", ["optimizer.learning_rate must be greater than 0, got -0.1"]),
+        ("optimizer.learning_rate=-0.1", ["optimizer.learning_rate must be greater than 0", "got -0.1"]),
         ("optimizer.name=sgd", ["optimizer.name must be"]),
         ("stage=finetune", ["stage must be"]),
         ("steps", ["must look like section.key=value"]),
