@@ -1,5 +1,6 @@
 """Picture files: opening what users give, and saving what was drawn with the text that says how."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,10 @@ def open_picture(path: Path) -> Image.Image:
         ImageError: if the file is missing, is no such picture, is damaged, or is too small or too large.
     """
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is stricter
+            opened = Image.open(path)
+        with opened as image:
             if image.format not in FORMATS:
                 raise ImageError(f"{path} must be PNG, JPEG or WebP, got {image.format}; convert it")
             width, height = image.size

@@ -83,7 +83,7 @@ class MarsPipeline:
         prompt: str | Sequence[str],
         *,
         n: int = 1,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         width: int | None = None,
         height: int | None = None,
         negative_prompt: str = "",
@@ -93,8 +93,8 @@ class MarsPipeline:
         """Draws `n` pictures for each prompt, all in one batch.
 
         Args:
-            seed: of the first picture; the others of a prompt count up from it. Without one it is drawn at random and
-                told in the result. A picture depends on its prompt, seed and settings alone, not on the batch.
+            seed: of the first picture of each prompt, the others count up from it; or one seed per picture. Without
+                one it is drawn at random. A picture depends on its prompt, seed and settings alone, not on the batch.
             width, height: pixels; must be a size of `sizes`.
             negative_prompt: what guidance moves away from.
             sampling: temperature, top-k, top-p and guidance.
@@ -106,9 +106,9 @@ class MarsPipeline:
         """
         started = time.perf_counter()
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        grid = self._check(prompts, n=n, seed=seed, width=width, height=height)
-        first = secrets.randbelow(2**32) if seed is None else seed
-        seeds = [first + index for _ in prompts for index in range(n)]
+        self._check_prompts(prompts, n=n)
+        grid = self._grid(width, height)
+        seeds = self._seeds(seed, prompts=len(prompts), n=n)
         repeated = [text for text in prompts for _ in range(n)]
         ids = {text: self._prompt_ids(text) for text in {*prompts, negative_prompt}}
         requests = [
@@ -127,21 +127,36 @@ class MarsPipeline:
         seconds = {"prompt_and_codes": drawn - started, "pixels": ended - drawn, "total": ended - started}
         return Generated(images=images, prompts=repeated, seeds=seeds, codes=codes, seconds=seconds)
 
-    def _check(
-        self, prompts: list[str], *, n: int, seed: int | None, width: int | None, height: int | None
-    ) -> tuple[int, int]:
+    @staticmethod
+    def _check_prompts(prompts: list[str], *, n: int) -> None:
         if not prompts:
             raise PromptError("there must be at least one prompt, got none")
-        if not 1 <= n * len(prompts) <= MAX_IMAGES or n < 1:
+        if n < 1 or n * len(prompts) > MAX_IMAGES:
             raise RequestError(
                 f"a call draws 1 to {MAX_IMAGES} pictures, got n = {n} for {len(prompts)} prompts; make several calls"
             )
-        if seed is not None and not 0 <= seed < 2**63 - MAX_IMAGES:
-            raise RequestError(f"seed must lie in 0..2**63 - {MAX_IMAGES + 1}, got {seed}")
         for text in prompts:
             if not text.strip():
                 raise PromptError("the prompt must not be empty; say what to draw")
-        wanted = (width or self.sizes[0][0], height or self.sizes[0][1])
+
+    @staticmethod
+    def _seeds(seed: int | Sequence[int] | None, *, prompts: int, n: int) -> list[int]:
+        if seed is None or isinstance(seed, int):
+            first = secrets.randbelow(2**32) if seed is None else seed
+            seeds = [first + index for _ in range(prompts) for index in range(n)]
+        else:
+            seeds = list(seed)
+        if len(seeds) != prompts * n:
+            raise RequestError(f"there must be one seed, or one per picture ({prompts * n}), got {len(seeds)}")
+        for number in seeds:
+            if not 0 <= number < 2**63:
+                raise RequestError(f"seed must lie in 0..2**63 - 1, got {number}")
+        return seeds
+
+    def _grid(self, width: int | None, height: int | None) -> tuple[int, int]:
+        """Rows and columns of the code grid for a size in pixels."""
+        default = self.sizes[0]
+        wanted = (default[0] if width is None else width, default[1] if height is None else height)
         factor = self.model.image_tokenizer.config.factor
         trained = ", ".join(f"{one}x{other}" for one, other in self.sizes)
         for name, side in zip(("width", "height"), wanted, strict=True):
@@ -270,4 +285,7 @@ class MarsPipeline:
             end=(tokenizer.eos_id,),
             emit=tell,
         )
-        return tokenizer.decode(ids)
+        answer = tokenizer.decode(ids)
+        if emit is not None and answer != told:
+            emit(answer[len(told) :])
+        return answer

@@ -161,9 +161,7 @@ def test_settings_of_the_command_reach_the_picture(run: Run, tiny_model: Path) -
     [
         (["generate", ""], ["the prompt must not be empty"]),
         (["  "], ["the prompt must not be empty"]),
-        pytest.param(
-            [""], ["must not be empty"], marks=pytest.mark.xfail(reason="bug F13: click's own box", strict=True)
-        ),
+        ([""], ["must not be empty"]),
         (["-"], ["standard input must hold a prompt per line, got none"]),
         (["x" * 600], ["at most 512 tokens", "got 601"]),
         (["x" * 200], ["192 positions", "shorten the prompt"]),
@@ -351,7 +349,6 @@ def test_scenes_become_pictures_and_then_codes(run: Run, model: Path) -> None:
     assert here() == ["s.parquet", "s.tar"]
 
 
-@pytest.mark.xfail(reason="bug F14: an OSError with a traceback", strict=True, raises=OSError)
 @pytest.mark.parametrize("command", ["scenes", "encode"])
 def test_a_set_that_does_not_fit_on_the_disk_is_one_line(
     run: Run, model: Path, full_disk: Path, tiny_pictures: Path, command: str
@@ -404,7 +401,6 @@ def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:
     assert b"ModelError: no model at none" in done.stderr
 
 
-@pytest.mark.xfail(reason="bug F15: a UnicodeDecodeError with a traceback", strict=True)
 def test_standard_input_that_is_no_text_is_one_line(tmp_path: Path, tiny_model: Path) -> None:
     done = program("-", "--model", str(tiny_model), stdin=b"\xff\xfe\n", cwd=tmp_path)
     assert done.returncode == 2

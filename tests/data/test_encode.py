@@ -57,7 +57,6 @@ def test_pictures_of_several_sizes_are_one_line_and_leave_nothing(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
 
 
-@pytest.mark.xfail(reason="bug F8: sizes are compared within a batch only", strict=True)
 def test_sizes_that_differ_between_batches_are_one_line(
     tmp_path: Path, tokenizer: ImageTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,7 +74,6 @@ def test_a_size_that_has_no_codes_is_one_line(tmp_path: Path, tokenizer: ImageTo
         )
 
 
-@pytest.mark.xfail(reason="bug F8: PIL's own error, with a traceback", strict=True, raises=OSError)
 def test_a_damaged_picture_is_one_line(tmp_path: Path, tokenizer: ImageTokenizer) -> None:
     (picture,) = read_pictures(shard(tmp_path / "a.tar", (32, 32)))
     write_pictures(tmp_path / "b.tar", [Picture(record=picture.record, png=picture.png[:60])])

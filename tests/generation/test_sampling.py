@@ -115,7 +115,7 @@ def test_seeds_differ_and_repeat() -> None:
         ("guidance", -1.0),
         ("guidance", 101.0),
         ("guidance", math.nan),
-        pytest.param("temperature", math.nan, marks=pytest.mark.xfail(reason="bug F1", strict=True)),
+        ("temperature", math.nan),
     ],
 )
 def test_settings_that_mean_nothing_are_one_line(name: str, value: float) -> None:

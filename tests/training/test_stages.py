@@ -56,7 +56,6 @@ def test_a_wrong_optimizer_is_one_line(stage: Callable[..., dict[str, Any]], nam
         from_dict(StageConfig, stage(optimizer={name: value}))
 
 
-@pytest.mark.xfail(reason="bug F3: nothing checks these", strict=True)
 @pytest.mark.parametrize(
     "changes",
     [

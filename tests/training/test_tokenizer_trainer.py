@@ -164,7 +164,6 @@ def test_a_wrong_configuration_is_one_line(table: dict[str, Any], changes: dict[
         config_of(table, **changes)
 
 
-@pytest.mark.xfail(reason="bug F7: nothing checks these", strict=True)
 @pytest.mark.parametrize("name", ["l1_weight", "l2_weight", "commitment", "perceptual_weight", "adversarial_weight"])
 def test_a_negative_weight_is_one_line(table: dict[str, Any], name: str) -> None:
     with pytest.raises(ConfigError, match=name):

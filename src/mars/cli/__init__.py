@@ -15,6 +15,7 @@ import typer
 from mars.errors import MarsError, PromptError, RequestError
 
 if TYPE_CHECKING:
+    from mars.generation.sampling import Sampling
     from mars.pipeline import Generated, MarsPipeline
 
 app = typer.Typer(
@@ -33,6 +34,11 @@ Model = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.", is_eager=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
+Guidance = Annotated[float | None, typer.Option(help="How closely to follow the prompt; 1 is no guidance.")]
+Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest code.")]
+TopK = Annotated[int | None, typer.Option(help="Choose among this many codes; 0 is all.")]
+TopP = Annotated[float | None, typer.Option(help="Choose among codes of this share of probability.")]
+
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr)  # noqa: T201
@@ -42,6 +48,18 @@ def _open(model: str | None) -> "MarsPipeline":
     from mars.pipeline import MarsPipeline
 
     return MarsPipeline.from_pretrained(model, notify=_say)
+
+
+def _sampling(
+    *, guidance: float | None, temperature: float | None, top_k: int | None, top_p: float | None
+) -> "Sampling":
+    """The pipeline's settings, with what was asked for in their place."""
+    from dataclasses import replace
+
+    from mars.pipeline import DEFAULT_SAMPLING
+
+    asked: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    return replace(DEFAULT_SAMPLING, **{name: value for name, value in asked.items() if value is not None})
 
 
 @contextmanager
@@ -59,9 +77,16 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise PromptError(f"standard input must be text in UTF-8, got byte {error.object[error.start]:#04x}") from None
+
+
 def _prompts(words: list[str]) -> list[str]:
     if words == ["-"]:
-        prompts = [line.strip() for line in sys.stdin if line.strip()]
+        prompts = [line.strip() for line in _standard_input().splitlines() if line.strip()]
         if not prompts:
             raise PromptError("standard input must hold a prompt per line, got none")
         return prompts
@@ -105,23 +130,18 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed draws the same picture.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; default: what the model was trained on.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="How closely to follow the prompt; 1 is no guidance.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest code.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Choose among this many codes; 0 is all.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Choose among codes of this share of probability.")] = None,
+    guidance: Guidance = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     negative: Annotated[str, typer.Option(help="What guidance moves away from.")] = "",
     model: Model = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Draw pictures for a prompt, in English or Chinese."""
-    from dataclasses import replace
-
-    from mars.pipeline import DEFAULT_SAMPLING
-
     prompts = _prompts(prompt)
-    asked: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    sampling = replace(DEFAULT_SAMPLING, **{name: value for name, value in asked.items() if value is not None})
+    sampling = _sampling(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
     _targets(out, 1)
     pipe = _open(model)
     with _progress("drawing") as progress:
@@ -166,7 +186,7 @@ def chat(
     debug: Debug = False,
 ) -> None:
     """Talk to the base language model, which painting has not changed."""
-    said = sys.stdin.read() if text == ["-"] else " ".join(text)
+    said = _standard_input() if text == ["-"] else " ".join(text)
     if not said.strip():
         raise PromptError("the text must not be empty; say something")
     if as_json:
@@ -209,14 +229,22 @@ def train(
 def evaluate(
     pictures: Annotated[Path, typer.Option(help="The picture shard with the true pictures.")] = Path("data/emoji.tar"),
     out: Annotated[Path, typer.Option(help="Where the report and the pictures go.")] = Path("out/eval"),
-    prompts: Annotated[int, typer.Option(help="Prompts per language and split.", min=1)] = 200,
+    prompts: Annotated[int, typer.Option(help="Prompts per language, of trained names.", min=1)] = 200,
+    seed: Annotated[int, typer.Option(help="Of the choice of prompts and candidates, and of the pictures.")] = 0,
+    guidance: Guidance = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     model: Model = None,
     debug: Debug = False,
 ) -> None:
     """Measure how well pictures fit their prompts: retrieval among 100 true pictures, English and Chinese."""
     from mars.evaluation.benchmarks import retrieval_benchmark
 
-    report = retrieval_benchmark(_open(model), pictures=pictures, out=out, prompts=prompts, say=_say)
+    sampling = _sampling(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    report = retrieval_benchmark(
+        _open(model), pictures=pictures, out=out, prompts=prompts, seed=seed, sampling=sampling, say=_say
+    )
     typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
 
 
@@ -269,8 +297,8 @@ def _with_default_command(arguments: list[str]) -> list[str]:
     """`mars "a red apple"` and `mars -` mean `mars generate ...`."""
     known = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
     known |= {group.name for group in app.registered_groups if isinstance(group.name, str)}
-    first = arguments[0] if arguments else ""
-    if first and first not in known and (first == "-" or not first.startswith("-")):
+    first = arguments[0] if arguments else "--help"
+    if first not in known and (first == "-" or not first.startswith("-")):
         return ["generate", *arguments]
     return arguments
 
@@ -285,6 +313,12 @@ def main() -> None:
             raise
         _say(f"mars: {error}")
         sys.exit(error.exit_code)
+    except OSError as error:
+        if "--debug" in arguments:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _say(f"mars: {where}{error.strerror or error}")
+        sys.exit(1)
     except KeyboardInterrupt:
         _say("mars: interrupted")
         sys.exit(130)

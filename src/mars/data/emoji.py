@@ -8,8 +8,11 @@ left out. What is held out is fixed by hash: whole concepts, whole pictures, and
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import tarfile
+import tempfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -97,19 +100,25 @@ def fetch(package: str, version: str, cache: Path) -> Path:
     folder = cache / f"{package.replace('/', '-').lstrip('@')}-{version}"
     if (folder / "package" / "package.json").is_file():
         return folder / "package"
-    folder.mkdir(parents=True, exist_ok=True)
-    command = ["npm", "pack", "--silent", f"{package}@{version}", "--pack-destination", str(folder)]
+    cache.mkdir(parents=True, exist_ok=True)
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix="partial-") as name:
+            partial = Path(name)
+            command = ["npm", "pack", "--silent", f"{package}@{version}", "--pack-destination", name]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            for archive in partial.glob("*.tgz"):
+                with tarfile.open(archive) as tar:
+                    tar.extractall(partial, filter="data")
+            shutil.rmtree(folder, ignore_errors=True)  # what an older version may have left half-unpacked
+            folder.mkdir()
+            (partial / "package").rename(folder / "package")
     except FileNotFoundError:
         raise DataError("the emoji artwork comes from npm packages, but `npm` was not found; install Node.js") from None
     except subprocess.CalledProcessError as error:
         reason = " ".join((error.stderr or error.stdout).split()) or f"exit code {error.returncode}"
         raise DataError(f"npm could not fetch {package}@{version}: {reason}") from None
-    for archive in folder.glob("*.tgz"):
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
-        archive.unlink()
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise DataError(f"npm brought a damaged {package}@{version} ({error}); try again") from error
     return folder / "package"
 
 

@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 
@@ -16,10 +17,19 @@ from mars.image_tokenizer.model import ImageTokenizer
 BATCH = 64
 
 
+def _pixels(picture: Picture) -> npt.NDArray[np.uint8]:
+    try:
+        return np.asarray(Image.open(io.BytesIO(picture.png)).convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"picture {picture.record.key} is damaged ({error}); make its shard again") from error
+
+
 @torch.inference_mode()
-def _encode(tokenizer: ImageTokenizer, pictures: list[Picture]) -> list[CodedPicture]:
-    pixels = [np.asarray(Image.open(io.BytesIO(picture.png)).convert("RGB")) for picture in pictures]
-    if len({one.shape for one in pixels}) > 1:
+def _encode(tokenizer: ImageTokenizer, pictures: list[Picture], sizes: set[tuple[int, ...]]) -> list[CodedPicture]:
+    """Codes of one batch; `sizes` collects the sizes seen so far."""
+    pixels = [_pixels(picture) for picture in pictures]
+    sizes.update(one.shape for one in pixels)
+    if len(sizes) > 1:
         raise DataError(f"pictures of a shard must share one size, got several near {pictures[0].record.key}")
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
     codes = tokenizer.encode(images).numpy().astype(np.int32)
@@ -42,9 +52,9 @@ def encode_pictures(
     """
 
     def coded() -> Iterator[CodedPicture]:
-        pictures, done = read_pictures(shard), 0
+        pictures, done, sizes = read_pictures(shard), 0, set[tuple[int, ...]]()
         while batch := list(islice(pictures, BATCH)):
-            yield from _encode(tokenizer, batch)
+            yield from _encode(tokenizer, batch, sizes)
             done += len(batch)
             if progress is not None:
                 progress(done)

@@ -58,6 +58,8 @@ class Loader:
                 self.choices.append((codes, list(item.record.captions), weights / weights.sum()))
         if not self.choices:
             raise DataError(f"{', '.join(map(str, shards))} hold no picture to train on with captions of {list(kinds)}")
+        if len(grids := {tuple(codes.shape) for codes, *_ in self.choices}) > 1:
+            raise DataError(f"pictures of one stage must share one code grid, got {sorted(grids)}; use other shards")
         self.seed = seed
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)

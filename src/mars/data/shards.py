@@ -5,6 +5,7 @@ them. A code shard is what training reads: the codes of a picture instead of its
 captions.
 """
 
+import errno
 import io
 import json
 import os
@@ -70,6 +71,11 @@ def _record(fields: Any) -> Record:
     return Record(captions=captions, **fields)
 
 
+def _cannot_write(path: Path, error: OSError) -> DataError:
+    reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+    return DataError(f"cannot write {path}: {reason}; nothing was written")
+
+
 def write_pictures(path: Path, pictures: Iterable[Picture]) -> int:
     """Writes a WebDataset tar shard, which appears only when whole; returns how many pictures it holds."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +91,8 @@ def write_pictures(path: Path, pictures: Iterable[Picture]) -> int:
                     tar.addfile(member, io.BytesIO(content))
                 count += 1
         os.replace(partial, path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
     finally:
         partial.unlink(missing_ok=True)
     return count
@@ -150,6 +158,8 @@ def write_codes(path: Path, coded: Iterable[CodedPicture], *, tokenizer: str) ->
     try:
         pq.write_table(table, partial, compression="zstd", compression_level=19)
         os.replace(partial, path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
     finally:
         partial.unlink(missing_ok=True)
     return len(rows)

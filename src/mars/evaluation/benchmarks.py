@@ -256,10 +256,11 @@ class _Bench:
         """Draws one picture per question, `BATCH` at a time, and looks for the true one."""
         found = Drawn()
         for batch, some in enumerate(_batches(questions)):
-            seed, prompts = self.seed + batch, [question.prompts[language] for question in some]
-            images = self.pipe(prompts, seed=seed, sampling=self.sampling).images
+            prompts = [question.prompts[language] for question in some]
+            seeds = [self.seed + batch * BATCH + index for index in range(len(some))]
+            images = self.pipe(prompts, seed=seeds, sampling=self.sampling).images
             queries = self.network.features_of(images)
-            for question, prompt, image, query_D in zip(some, prompts, images, queries, strict=True):
+            for question, prompt, seed, image, query_D in zip(some, prompts, seeds, images, queries, strict=True):
                 candidates_CD = features.candidates(question)
                 rank = int(ranks(query_D[None], candidates_CD, right=0)[0])
                 closest = self.shard[question.candidates[int((candidates_CD @ query_D).argmax())]].record

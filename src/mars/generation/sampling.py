@@ -3,6 +3,7 @@
 Letters: B rows, V ids to choose from.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ class Sampling:
     """Classifier-free guidance: 1 is none, more follows the prompt more closely."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise RequestError(f"temperature must be at least 0, got {self.temperature}")
         if self.top_k < 0:
             raise RequestError(f"top_k must be at least 0 (0 keeps all), got {self.top_k}")

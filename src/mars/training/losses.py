@@ -4,6 +4,7 @@ Letters: B batch, T positions, D the LLM's width.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from torch import Tensor
 from mars.model.cache import Cache, Prefix
 from mars.model.transformer import MarsTransformer, read_prefixes
 from mars.sequence.layout import IGNORE, drawn_image, read_image, written_text
+
+ROWS, WIDTH = 4, 8
+"""Captions are read `ROWS` at a time and padded to a multiple of `WIDTH` ids."""
 
 
 class PrefixStore:
@@ -33,15 +37,29 @@ class PrefixStore:
         keys = [tuple(row) for row in rows]
         found = {key: self.prefixes[key] for key in keys if key in self.prefixes}
         missing = sorted({key for key in keys if key not in found}, key=len)
-        for start in range(0, len(missing), 16):  # of like length, so that little is padded
-            chunk = missing[start : start + 16]
-            found |= dict(zip(chunk, read_prefixes(self.transformer, chunk), strict=True))
+        for _, group in groupby(missing, key=_padded):
+            rest = list(group)
+            for start in range(0, len(rest), ROWS):
+                found |= self._read(rest[start : start + ROWS])
         for key in missing:
             self.prefixes[key] = found[key]
             self.held += _bytes(found[key])
         while self.held > self.limit and self.prefixes:
             self.held -= _bytes(self.prefixes.pop(next(iter(self.prefixes))))
         return [found[key] for key in keys]
+
+    def _read(self, rows: list[tuple[int, ...]]) -> dict[tuple[int, ...], Prefix]:
+        """Prefixes of rows of one padded length.
+
+        Filled up to one shape, because a product of another shape may round differently: a caption's prefix then is
+        the same to the bit whatever is read beside it, so that a resumed run sees what the first one saw.
+        """
+        filler = [(0,) * _padded(rows[0])] * (ROWS + 1 - len(rows))
+        return dict(zip(rows, read_prefixes(self.transformer, [*rows, *filler]), strict=False))
+
+
+def _padded(row: Sequence[int]) -> int:
+    return -(-len(row) // WIDTH) * WIDTH
 
 
 def _bytes(prefix: Prefix) -> int:

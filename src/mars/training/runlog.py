@@ -1,12 +1,20 @@
 """What a run leaves behind to look at: `log.jsonl`, and TensorBoard events where the package is installed."""
 
 import json
+import math
 import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):  # a killed run left half a line
+        return math.inf
 
 
 class RunLog:
@@ -17,7 +25,7 @@ class RunLog:
         path = folder / "log.jsonl"
         if path.is_file():
             lines = path.read_text("utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            kept = [line for line in lines if _step_of(line) <= step]
             path.write_text("".join(f"{line}\n" for line in kept), "utf-8")
         self.file = path.open("a", encoding="utf-8")
         self.board: Any = None

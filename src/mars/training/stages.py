@@ -1,5 +1,6 @@
 """The stages of training, as data: what each starts from, what it trains, and on which tasks."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -30,6 +31,14 @@ class DataConfig:
     """How often each kind of caption is chosen; kinds that are not named are never seen."""
     languages: dict[str, float] = field(default_factory=lambda: {"en": 0.5, "zh": 0.5})
 
+    def __post_init__(self) -> None:
+        if not self.shards:
+            raise ConfigError("data.shards must name at least one code shard, got none")
+        for name in ("kinds", "languages"):
+            for key, weight in getattr(self, name).items():
+                if not 0 <= weight < math.inf:
+                    raise ConfigError(f"data.{name}.{key} must be at least 0 and finite, got {weight}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -50,8 +59,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "matrix_rate", "clip"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"optimizer.{name} must be greater than 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"optimizer.{name} must be greater than 0 and finite, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optimizer.betas must lie in 0..1, got {list(self.betas)}")
         if self.weight_decay < 0 or self.warmup < 0 or (self.decay or 0) < 0:
             raise ConfigError("optimizer.weight_decay, warmup and decay must not be negative")
 
@@ -89,6 +100,13 @@ class StageConfig:
         for name in ("steps", "batch_size", "report_every", "sample_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads must be at least 1, got {self.threads}; leave it out for PyTorch's choice")
+        if not self.sample_prompts:
+            raise ConfigError("sample_prompts must hold at least one prompt, got none")
+        for name in ("special_weight", "prefix_gib"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
         for name in ("captioning", "guidance_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must lie in 0..1, got {getattr(self, name)}")

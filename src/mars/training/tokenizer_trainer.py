@@ -70,6 +70,9 @@ class TokenizerTrainingConfig:
         for name in ("steps", "batch_size", "crop", "learning_rate", "report_every", "save_every"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be greater than 0, got {getattr(self, name)}")
+        for name in ("l1_weight", "l2_weight", "commitment", "perceptual_weight", "adversarial_weight", "warmup"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.crop % self.tokenizer.factor:
             raise ConfigError(f"crop must be a multiple of {self.tokenizer.factor}, got {self.crop}")
         if self.decoder_only and self.start_from is None:
@@ -98,7 +101,6 @@ def evaluate_tokenizer(
     """PSNR (mean over pictures, dB), SSIM, perceptual distance, codebook usage and perplexity over uint8 pictures."""
     from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-    tokenizer.eval()
     noise, similar, distance, codes = [], [], [], []
     for chunk in pictures.split(64):
         images = chunk.float() / 255
@@ -108,7 +110,6 @@ def evaluate_tokenizer(
         if perceptual is not None:
             distance += [perceptual(one[None], other[None]) for one, other in zip(rebuilt, images, strict=True)]
         codes.append(chunk_codes)
-    tokenizer.train()
     report = {"psnr": float(torch.cat(noise).mean()), "ssim": float(torch.cat(similar).mean())}
     if distance:
         report["perceptual"] = float(torch.stack(distance).mean())
@@ -117,11 +118,10 @@ def evaluate_tokenizer(
 
 @torch.no_grad()
 def reconstruction_grid(tokenizer: ImageTokenizer, pictures: Tensor, *, columns: int = 12) -> Image.Image:
-    """Pictures above their reconstructions, two rows of pictures."""
-    images = pictures[: 2 * columns].float() / 255
-    tokenizer.eval()
+    """Pictures above their reconstructions: two rows of `columns` where there are enough, else one."""
+    columns = min(columns, len(pictures))
+    images = pictures[: 2 * columns if len(pictures) >= 2 * columns else columns].float() / 255
     rebuilt, _ = reconstruct(tokenizer, images)
-    tokenizer.train()
     rows = [images[:columns], rebuilt[:columns], images[columns:], rebuilt[columns:]]
     strips = [torch.cat(list(row), dim=2) for row in rows if len(row)]
     pixels = (torch.cat(strips, dim=1) * 255).round().byte().permute(1, 2, 0).numpy()

@@ -171,7 +171,7 @@ class Trainer:
                 for name, value in state.items()
             }
             save_tensors(folder / "optimizer.safetensors", slots)
-            write_json(folder / "state.json", {"step": self.step})
+            write_json(folder / "state.json", {"step": self.step, "optimizer": self.config.optimizer.name})
 
     def _load_visual(self, folder: Path) -> None:
         _, shapes = read_info(folder)
@@ -186,14 +186,22 @@ class Trainer:
 
     def _resume(self) -> None:
         folder = self.config.out / "last"
+        state = read_json(folder / "state.json")
+        wanted, optimizer_name = self.config.optimizer.name, state.get("optimizer", self.config.optimizer.name)
+        if optimizer_name != wanted:
+            raise CheckpointError(
+                f"{folder} was trained with {optimizer_name}, not {wanted}; start anew with --set out=DIR"
+            )
+        if not isinstance(state.get("step"), int):
+            raise CheckpointError(f"{folder / 'state.json'} must hold the step, got {state.get('step')!r}")
         self._load_visual(folder)
         slots: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
         for key, value in read_tensors(folder / "optimizer.safetensors").items():
             number, index, name = key.split(".")
             slots[int(number)].setdefault(int(index), {})[name] = value
-        for optimizer, state in zip(self.optimizers, slots, strict=True):
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        self.step = int(read_json(folder / "state.json")["step"])
+        for optimizer, values in zip(self.optimizers, slots, strict=True):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": values})
+        self.step = state["step"]
 
     def _sample(self, sampler: Sampler, log: RunLog) -> None:
         self.save()
