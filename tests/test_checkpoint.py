@@ -18,6 +18,7 @@ from mars.checkpoint import (
     load_into,
     read_json,
     read_tensors,
+    recover_folder,
     save_tensors,
     write_json,
 )
@@ -65,7 +66,7 @@ def test_a_full_disk_leaves_the_old_tensors_and_nothing_else(
     save_tensors(path, OLD)
     owner, function = owner_and_function
     monkeypatch.setattr(owner, function, no_space)
-    with pytest.raises(CheckpointError, match=r"cannot save .*: the disk is full; nothing was written") as caught:
+    with pytest.raises(CheckpointError, match=r"cannot write .*: the disk is full; nothing was written") as caught:
         save_tensors(path, NEW)
     assert "\n" not in str(caught.value)
     assert same(read_tensors(path), OLD)
@@ -75,7 +76,7 @@ def test_a_full_disk_leaves_the_old_tensors_and_nothing_else(
 def test_a_write_that_the_system_cuts_short_leaves_the_old_tensors(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     save_tensors(path, OLD)
-    with files_end_at(8192), pytest.raises(CheckpointError, match="cannot save .*; nothing was written"):
+    with files_end_at(8192), pytest.raises(CheckpointError, match="cannot write .*; nothing was written"):
         save_tensors(path, NEW)
     assert same(read_tensors(path), OLD)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
@@ -230,6 +231,24 @@ def test_a_folder_that_cannot_be_moved_into_place_leaves_the_old_one(
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_folder_that_a_killed_process_had_moved_aside_is_put_back(tmp_path: Path) -> None:
+    fill(tmp_path / "model", "old")
+    (tmp_path / "model").rename(tmp_path / ".model.old")
+    recover_folder(tmp_path / "model")
+    assert read_json(tmp_path / "model" / "config.json") == {"value": "old"}
+    (tmp_path / "model").rename(tmp_path / ".model.old")
+    fill(tmp_path / "model", "new")
+    recover_folder(tmp_path / "model")
+    assert read_json(tmp_path / "model" / "config.json") == {"value": "new"}
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_saved_file_of_tensors_is_as_readable_as_any_other(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "new" / "a.safetensors", OLD)
+    (tmp_path / "new" / "plain").touch()
+    assert (tmp_path / "new" / "a.safetensors").stat().st_mode == (tmp_path / "new" / "plain").stat().st_mode
+
+
 def test_a_saved_folder_is_as_readable_as_any_other(tmp_path: Path) -> None:
     fill(tmp_path / "model", "new")
     (tmp_path / "plain").mkdir()
@@ -238,9 +257,9 @@ def test_a_saved_folder_is_as_readable_as_any_other(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="cannot save"):
+    with pytest.raises(CheckpointError, match="cannot write"):
         save_tensors(tmp_path / "file" / "weights.safetensors", OLD)
-    with pytest.raises(CheckpointError, match="cannot save"):
+    with pytest.raises(CheckpointError, match="cannot write"):
         fill(tmp_path / "file" / "model", "new")
 
 

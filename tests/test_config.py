@@ -108,6 +108,16 @@ def test_a_bad_file_is_one_clear_line(tmp_path: Path, text: str, message: str) -
     assert caught.value.exit_code == 2
 
 
+def test_null_can_be_set(tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Cut:
+        layers: int | None = 3
+        name: str = "a"
+
+    assert load_config(Cut, write(tmp_path, "layers = 2"), ["layers=null"]) == Cut(layers=None)
+    assert load_config(Cut, write(tmp_path, ""), ['name="null"']) == Cut(name="null")
+
+
 def test_a_missing_file_says_where_examples_are(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no configuration file at .*none.toml; see configs/ for examples"):
         load_config(Run, tmp_path / "none.toml")

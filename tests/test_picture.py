@@ -91,6 +91,11 @@ def test_every_mode_is_read(tmp_path: Path, mode: str) -> None:
     assert open_picture(tmp_path / "a").size == image.size
 
 
+def test_16_bits_are_scaled_to_8(tmp_path: Path) -> None:
+    Image.new("I;16", (20, 20), 128 * 257).save(tmp_path / "a", "PNG")
+    assert open_picture(tmp_path / "a").convert("RGB").getpixel((0, 0)) == (128, 128, 128)
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_picture_cut_anywhere_is_one_line(tmp_path: Path, kind: str) -> None:
     whole, path = encoded(kind), tmp_path / "cut"

@@ -47,7 +47,7 @@ def test_another_process_draws_the_same_bytes(pipe: MarsPipeline, tiny_model: Pa
     code = (
         "import sys; from mars import MarsPipeline;"
         "MarsPipeline.from_pretrained(sys.argv[1])('a red apple', seed=3).images[0].save(sys.argv[2]);"
-        "print(sorted(sys.modules.keys() & {'transformers', 'diffusers', 'pyarrow', 'tensorboard'}))"
+        "print(sorted(sys.modules.keys() & {'transformers', 'diffusers', 'pyarrow', 'sympy', 'tensorboard'}))"
     )
     command = [sys.executable, "-c", code, str(tiny_model), str(tmp_path / "there.png")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,12 +1,11 @@
 """A folder of weights: `config.json` beside `.safetensors` files, saved whole or not at all, loaded strictly."""
 
-import errno
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from mars.config import from_dict, to_dict
 from mars.errors import CheckpointError, ConfigError, ModelError
+from mars.files import reason, whole_file
 from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.image_tokenizer.model import ImageTokenizer
 from mars.model.base_llm import open_base_llm
@@ -37,20 +37,31 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        recover_folder(path)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         temporary.mkdir()  # not tempfile.mkdtemp, whose folders are their owner's alone
         yield temporary
         _put(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot save {path}: {_reason(error)}; nothing was written") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {reason(error)}; nothing was written") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def recover_folder(path: Path) -> None:
+    """Puts back what a process that was killed between the two moves of `atomic_folder` had moved aside."""
+    if _aside(path).is_dir() and not path.exists():
+        os.replace(_aside(path), path)
+
+
 def _put(new: Path, path: Path) -> None:
     """Moves a folder into place; a folder that was there is back in place if that fails."""
-    old = path.with_name(f".{path.name}.old")
+    old = _aside(path)
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)
@@ -63,33 +74,19 @@ def _put(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _remove(partial: Path) -> None:
-    with suppress(OSError):
-        partial.unlink()
-
-
-def _reason(error: Exception) -> str:
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-        return "the disk is full"
-    return str(error)
-
-
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes one safetensors file whole or not at all.
 
     Raises:
         CheckpointError: if it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(kept, partial, metadata=dict(metadata or {}))
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot save {path}: {_reason(error)}; nothing was written") from error
-    finally:
-        _remove(partial)
+    kept = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with whole_file(path, error=CheckpointError) as partial:
+        try:
+            save_file(kept, partial, metadata=dict(metadata or {}))
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files their owner's alone
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -107,15 +104,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_json(path: Path, table: Mapping[str, Any]) -> None:
-    """Writes readable JSON whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    """Writes readable JSON whole or not at all.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
+    with whole_file(path, error=CheckpointError) as partial:
         partial.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise CheckpointError(f"cannot save {path}: {_reason(error)}; nothing was written") from error
-    finally:
-        _remove(partial)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -155,11 +150,15 @@ def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
     """Copies tensors into a module's own dtype after `check_tensors`."""
-    state = module.state_dict()
-    check_tensors(tensors, state, where=where)
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            state[name].copy_(tensor)
+    copy_tensors(tensors, into=module.state_dict(), where=where)
+
+
+@torch.no_grad()
+def copy_tensors(found: Mapping[str, Tensor], *, into: Mapping[str, Tensor], where: str) -> None:
+    """Copies tensors over those of the same names, in their own dtype, after `check_tensors`."""
+    check_tensors(found, into, where=where)
+    for name, tensor in into.items():
+        tensor.copy_(found[name])
 
 
 FORMAT = "mars-1"
@@ -177,6 +176,10 @@ class ModelInfo:
     grids: tuple[tuple[int, int], ...]
     """(rows, columns) of the code grids that it was trained on."""
     format: str = FORMAT
+
+    def __post_init__(self) -> None:
+        if not self.grids or not all(rows > 0 and columns > 0 for rows, columns in self.grids):
+            raise ConfigError(f"grids must hold at least one [rows, columns] above 0, got {list(self.grids)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,11 +281,7 @@ def load_model(folder: Path, *, notify: Callable[[str], None] | None = None) -> 
     if llm.config != config.language:
         raise CheckpointError(f"{folder / 'config.json'} does not describe {info.language}; its language part is wrong")
     transformer = build_transformer(config, llm.tensors)
-    visual = transformer.visual_tensors()
-    check_tensors(stored, visual, where=str(folder / "visual.safetensors"))
-    with torch.no_grad():
-        for name, weight in visual.items():
-            weight.copy_(stored[name])
+    copy_tensors(stored, into=transformer.visual_tensors(), where=str(folder / "visual.safetensors"))
     image_tokenizer, codec = load_image_tokenizer(folder)
     if image_tokenizer.config.num_codes != config.num_codes:
         raise CheckpointError(

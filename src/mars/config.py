@@ -71,7 +71,7 @@ def _set(table: dict[str, Any], override: str) -> None:
     try:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string
+        value = None if text.strip() == "null" else text.strip()  # a bare word is a string
     for key in keys[:-1]:
         table = table.setdefault(key, {})
         if not isinstance(table, dict):

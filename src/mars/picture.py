@@ -52,6 +52,8 @@ def open_picture(path: Path) -> Image.Image:
             if width * height > MAX_PIXELS:
                 raise ImageError(f"{path} must have at most {MAX_PIXELS:,} pixels, got {width}x{height}; shrink it")
             image.load()
+            if image.mode.startswith("I;16"):  # PIL cuts 16 bits off at 255 instead of scaling them
+                return image.point(lambda value: value * (1 / 257)).convert("L")
             return image.copy()
     except (FileNotFoundError, IsADirectoryError):
         raise ImageError(f"no picture at {path}") from None

@@ -196,7 +196,7 @@ def test_no_such_model_is_one_line(run: Run, tmp_path: Path) -> None:
 def test_a_picture_that_cannot_be_written_is_one_line(run: Run, tiny_model: Path, full_disk: Path) -> None:
     (full_disk / "filler").write_bytes(bytes(4096))
     found = run("x", "--out", full_disk / "a.png", "--model", tiny_model)
-    one_line(found, "cannot write", "No space left on device")
+    one_line(found, "cannot write", "the disk is full")
     found = run("x", "--n", 2, "--out", full_disk / "new", "--model", tiny_model)
     one_line(found, "cannot write")
     assert [path.name for path in full_disk.rglob("*") if path.is_file()] == ["filler"]
@@ -268,6 +268,8 @@ def test_a_damaged_file_is_one_line(run: Run, model: Path, name: str, damage: st
         ("model", None, "and name a model"),
         ("gridz", [[2, 3]], "unknown key gridz; did you mean grids"),
         ("grids", "2x3", "grids must be"),
+        ("grids", [], "grids must hold at least one"),
+        ("grids", [[0, 3]], "grids must hold at least one"),
         ("language_digest", "sha256:00", "was trained on the LLM sha256:00"),
         ("name", 3, "name must be str"),
     ],
@@ -416,6 +418,14 @@ def test_an_interruption_is_quiet(run: Run, tiny_model: Path, monkeypatch: pytes
     assert (code, out) == (130, "")
     assert "Traceback" not in err
     assert here() == []
+
+
+def test_a_package_that_is_not_installed_is_one_line(
+    run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setattr(cli, "_open", lambda _: __import__("pyarrow"))
+    one_line(run("x", "--model", tiny_model), "needs the package pyarrow", "pip install", code=1)
 
 
 def test_an_unknown_option_is_a_usage_error(run: Run) -> None:

@@ -146,3 +146,13 @@ def test_control_tokens_come_from_the_tokenizer_else_from_the_model(write_hub_fo
     assert read_tokenizer_config(folder) == {"bos_token_id": 1, "eos_token_id": 0, "chat_template": "d"}
     (folder / "chat_template.jinja").write_text("j")
     assert read_tokenizer_config(folder)["chat_template"] == "j"
+
+
+@pytest.mark.parametrize(
+    "table", [{"added_tokens": [{"id": 1}]}, {"added_tokens": 3}, {"model": {"vocab": [["a", 0]]}}]
+)
+def test_a_tokenizer_that_does_not_list_its_tokens_is_one_line(write_hub_folder: Write, table: dict[str, Any]) -> None:
+    folder, _ = write_hub_folder()
+    (folder / "tokenizer.json").write_text(json.dumps(table))
+    with pytest.raises(ModelError, match=r"tokenizer.json must list its tokens"):
+        read_tokenizer_config(folder)

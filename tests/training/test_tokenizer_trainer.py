@@ -1,4 +1,5 @@
 import io
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,9 @@ def test_a_set_that_cannot_be_trained_on_is_one_line(tmp_path: Path, tiny_pictur
     ("changes", "message"),
     [
         ({"learning_rate": -1e-3}, "learning_rate must be greater than 0"),
+        ({"learning_rate": math.inf}, "learning_rate must be greater than 0 and finite"),
         ({"steps": 0}, "steps must be greater than 0"),
+        ({"quantize_from": -1}, "quantize_from must be at least 0"),
         ({"crop": 20}, "crop must be a multiple of 16, got 20"),
         ({"decoder_only": True}, "decoder_only needs start_from"),
         ({"stepz": 3}, "unknown key stepz; did you mean steps"),

@@ -11,7 +11,7 @@ from PIL import Image
 from mars.checkpoint import load_model, read_json, read_tensors, write_json
 from mars.config import from_dict
 from mars.data.shards import CodedPicture, read_codes, write_codes
-from mars.errors import CheckpointError, MarsError
+from mars.errors import CheckpointError, ConfigError, MarsError
 from mars.model.language_tensors import tensors_digest
 from mars.training import trainer as module
 from mars.training.stages import StageConfig
@@ -237,3 +237,36 @@ def test_a_killed_save_leaves_the_last_checkpoint(
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["last"]
     shutil.rmtree(tmp_path / "run")
     assert start(table).step == 0
+
+
+def test_a_save_that_was_killed_between_its_two_moves_is_found_again(stage: Stage, tmp_path: Path) -> None:
+    table = stage()
+    trainer = start(table)
+    steps(trainer, 2)
+    trainer.save()
+    (tmp_path / "run" / "last").rename(tmp_path / "run" / ".last.old")
+    assert start(table).step == 2
+
+
+def test_a_checkpoint_of_another_language_model_is_one_line(stage: Stage, tmp_path: Path) -> None:
+    table = stage()
+    start(table).save()
+    file = tmp_path / "run" / "last" / "config.json"
+    write_json(file, {**read_json(file), "language_digest": "sha256:0"})
+    with pytest.raises(CheckpointError, match="was trained on the LLM sha256:0"):
+        start(table)
+
+
+def test_a_grid_that_the_grid_embedding_does_not_know_is_refused(stage: Stage) -> None:
+    table = stage()
+    semvie = {**table["model"].get("semvie", {}), "grid_embedding": True, "max_grid": 1}
+    with pytest.raises(ConfigError, match="max_grid must be at least"):
+        start({**table, "model": {**table["model"], "semvie": semvie}})
+
+
+def test_a_step_that_is_sampled_is_saved_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, saved = start(stage(steps=4, save_every=2, sample_every=2)), []
+    monkeypatch.setattr(trainer, "save", lambda: saved.append(trainer.step))
+    monkeypatch.setattr(trainer, "_sample", lambda *_: None)
+    trainer.train(sampler=lambda *_: Image.new("RGB", (1, 1)))
+    assert saved == [2, 4]

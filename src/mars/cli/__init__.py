@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: wa
 import typer
 
 from mars.errors import MarsError, PromptError, RequestError
+from mars.files import whole_file
 
 if TYPE_CHECKING:
     from mars.generation.sampling import Sampling
@@ -106,17 +107,9 @@ def _save(drawn: "Generated", out: Path) -> list[Path]:
     """Writes all pictures, each whole or not at all."""
     targets = _targets(out, len(drawn.images))
     for image, target in zip(drawn.images, targets, strict=True):
-        partial = target.with_name(f".{target.name}.partial")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            kind = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(target.suffix.lower(), "PNG")
+        kind = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(target.suffix.lower(), "PNG")
+        with whole_file(target, error=RequestError) as partial:
             image.save(partial, format=kind)
-            partial.replace(target)
-        except OSError as error:
-            raise RequestError(f"cannot write {target}: {error.strerror or error}") from None
-        finally:
-            if partial.parent.is_dir():
-                partial.unlink(missing_ok=True)
     return targets
 
 
@@ -313,6 +306,11 @@ def main() -> None:
             raise
         _say(f"mars: {error}")
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        if "--debug" in arguments or (error.name or "mars").split(".")[0] == "mars":
+            raise
+        _say(f"mars: this needs the package {error.name}, which is not installed; run: pip install 'mars-t2i[all]'")
+        sys.exit(1)
     except OSError as error:
         if "--debug" in arguments:
             raise

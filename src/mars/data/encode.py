@@ -1,14 +1,11 @@
 """Pictures to codes, so that training never runs the image tokenizer."""
 
-import io
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 
 from mars.data.shards import CodedPicture, Picture, read_pictures, write_codes
 from mars.errors import DataError
@@ -17,17 +14,10 @@ from mars.image_tokenizer.model import ImageTokenizer
 BATCH = 64
 
 
-def _pixels(picture: Picture) -> npt.NDArray[np.uint8]:
-    try:
-        return np.asarray(Image.open(io.BytesIO(picture.png)).convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"picture {picture.record.key} is damaged ({error}); make its shard again") from error
-
-
 @torch.inference_mode()
 def _encode(tokenizer: ImageTokenizer, pictures: list[Picture], sizes: set[tuple[int, ...]]) -> list[CodedPicture]:
     """Codes of one batch; `sizes` collects the sizes seen so far."""
-    pixels = [_pixels(picture) for picture in pictures]
+    pixels = [picture.pixels() for picture in pictures]
     sizes.update(one.shape for one in pixels)
     if len(sizes) > 1:
         raise DataError(f"pictures of a shard must share one size, got several near {pictures[0].record.key}")

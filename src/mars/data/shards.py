@@ -5,7 +5,6 @@ them. A code shard is what training reads: the codes of a picture instead of its
 captions.
 """
 
-import errno
 import io
 import json
 import os
@@ -17,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from mars.errors import DataError
+from mars.files import whole_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,17 @@ class Picture:
     record: Record
     png: bytes
 
+    def pixels(self) -> npt.NDArray[np.uint8]:
+        """(height, width, 3) red, green, blue, writable.
+
+        Raises:
+            DataError: if the PNG is damaged.
+        """
+        try:
+            return np.array(Image.open(io.BytesIO(self.png)).convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"picture {self.record.key} is damaged ({error}); make its shard again") from error
+
 
 @dataclass(frozen=True, kw_only=True)
 class CodedPicture:
@@ -71,30 +83,17 @@ def _record(fields: Any) -> Record:
     return Record(captions=captions, **fields)
 
 
-def _cannot_write(path: Path, error: OSError) -> DataError:
-    reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-    return DataError(f"cannot write {path}: {reason}; nothing was written")
-
-
 def write_pictures(path: Path, pictures: Iterable[Picture]) -> int:
     """Writes a WebDataset tar shard, which appears only when whole; returns how many pictures it holds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     count = 0
-    try:
-        with tarfile.open(partial, "w") as tar:
-            for picture in pictures:
-                meta = json.dumps(asdict(picture.record), ensure_ascii=False).encode()
-                for suffix, content in (("png", picture.png), ("json", meta)):
-                    member = tarfile.TarInfo(f"{picture.record.key}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-                count += 1
-        os.replace(partial, path)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path, error=DataError) as partial, tarfile.open(partial, "w") as tar:
+        for picture in pictures:
+            meta = json.dumps(asdict(picture.record), ensure_ascii=False).encode()
+            for suffix, content in (("png", picture.png), ("json", meta)):
+                member = tarfile.TarInfo(f"{picture.record.key}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+            count += 1
     return count
 
 
@@ -153,15 +152,8 @@ def write_codes(path: Path, coded: Iterable[CodedPicture], *, tokenizer: str) ->
     codes = table.schema.get_field_index("codes")
     table = table.set_column(codes, "codes", table["codes"].cast(pa.list_(pa.int16())))
     table = table.replace_schema_metadata({"image_tokenizer": tokenizer})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with whole_file(path, error=DataError) as partial:
         pq.write_table(table, partial, compression="zstd", compression_level=19)
-        os.replace(partial, path)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return len(rows)
 
 

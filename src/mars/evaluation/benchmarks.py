@@ -10,7 +10,6 @@ D features.
 """
 
 import hashlib
-import io
 import os
 import platform
 import time
@@ -148,12 +147,11 @@ def tokenizer_benchmark(
     """
     if not held_out:
         raise DataError("the image tokenizer must be measured on held-out pictures, got none; take a shard with some")
-    images = torch.stack([torch.from_numpy(np.array(_open(one))) for one in held_out]).permute(0, 3, 1, 2)
+    images = torch.stack([torch.from_numpy(one.pixels()) for one in held_out]).permute(0, 3, 1, 2)
     figures = evaluate_tokenizer(image_tokenizer, images, perceptual=PerceptualDistance())
     columns = min(12, -(-len(images) // 2))
     shown = torch.linspace(0, len(images) - 1, 2 * columns).long()  # from all styles
     grid = reconstruction_grid(image_tokenizer, images[shown], columns=columns)
-    image_tokenizer.eval()  # both leave it in training mode
     return {**figures, "held_out_pictures": len(images)}, grid
 
 
@@ -197,7 +195,7 @@ def _notes(questions: dict[str, list[Question]], *, wanted: dict[str, int]) -> l
 
 
 def _open(picture: Picture) -> Image.Image:
-    return Image.open(io.BytesIO(picture.png)).convert("RGB")
+    return Image.fromarray(picture.pixels())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from mars.checkpoint import write_json
 from mars.errors import RequestError
+from mars.files import whole_file
 
 LABEL = 16
 """Pixels of height for the line of text above a picture."""
@@ -87,17 +88,11 @@ def write_report(
 
 
 def _whole(path: Path, content: bytes | Image.Image) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with whole_file(path, error=RequestError) as partial:
         if isinstance(content, bytes):
             partial.write_bytes(content)
         else:
             content.save(partial, format="PNG")
-        partial.replace(path)
-    except OSError as error:
-        raise RequestError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def markdown(report: dict[str, Any]) -> str:

@@ -65,7 +65,7 @@ def draw(
         ids = guidance.spread(codes_BN[:, place]) + vocabulary.first_code
         if progress is not None:
             progress(place + 1, rows * columns)
-    return codes_BN.view(-1, rows, columns).clone()
+    return codes_BN.view(-1, rows, columns)
 
 
 def _read_texts(transformer: MarsTransformer, texts: Sequence[tuple[int, ...]], *, room: int) -> StaticCache:

@@ -136,8 +136,13 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     model = read_json(folder / "config.json")
     tokenizer = read_json(folder / "tokenizer.json")
-    ids = {token["content"]: int(token["id"]) for token in tokenizer.get("added_tokens") or []}
-    ids = {**(tokenizer.get("model") or {}).get("vocab", {}), **ids}
+    try:
+        ids = {token["content"]: int(token["id"]) for token in tokenizer.get("added_tokens") or []}
+        ids = {**(tokenizer.get("model") or {}).get("vocab", {}), **ids}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{folder / 'tokenizer.json'} must list its tokens, got: {error!r}; use another model"
+        ) from error
 
     def token_id(kind: str) -> int | None:
         token = settings.get(f"{kind}_token")

@@ -14,6 +14,11 @@ SMALL_BATCH = range(2, 8)
 class Linear(nn.Linear):
     """`nn.Linear`, with a quicker product for a few rows on a CPU when no graph is built."""
 
+    def reset_parameters(self) -> None:
+        """As `nn.Linear`, but not on the meta device: "random" numbers there import sympy, a second of a cold start."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         rows = x.numel() // x.shape[-1]

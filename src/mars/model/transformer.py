@@ -33,6 +33,11 @@ def is_language(name: str) -> bool:
     return name.startswith("language_") or ".language." in name
 
 
+def _table(rows: int, width: int) -> nn.Embedding:
+    """An embedding whose weights are not drawn, for the reason that `Linear.reset_parameters` gives."""
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
+
+
 class MarsTransformer(nn.Module):
     """A frozen LLM and its visual expert.
 
@@ -47,15 +52,15 @@ class MarsTransformer(nn.Module):
         language, width = config.language, config.visual_width
         self.vocabulary = Vocabulary(text_size=language.vocab_size, num_codes=config.num_codes)
         self.rotary = Rotary(language.head_width, theta=language.rope_theta)
-        self.language_embedding = nn.Embedding(language.vocab_size, language.width)
+        self.language_embedding = _table(language.vocab_size, language.width)
         self.layers = nn.ModuleList(SemVIELayer(config, index) for index in range(language.num_layers))
         self.language_norm = Norm(language.width, eps=language.norm_eps)
         if not language.tied_embeddings:
             self.language_head = Linear(language.width, language.vocab_size, bias=False)
         specials = self.vocabulary.size - self.vocabulary.first_special
-        self.special_embedding = nn.Embedding(specials, language.width)
+        self.special_embedding = _table(specials, language.width)
         self.special_head = Linear(language.width, specials, bias=False)
-        self.visual_embedding = nn.Embedding(self.vocabulary.visual_rows, width)
+        self.visual_embedding = _table(self.vocabulary.visual_rows, width)
         self.visual_head = Linear(width, self.vocabulary.visual_rows, bias=False)
         if not config.semvie.share_norms:
             self.visual_norm = Norm(width, eps=language.norm_eps)
@@ -161,7 +166,7 @@ def build_transformer(config: ModelConfig, language: Mapping[str, Tensor]) -> Ma
     for module in transformer.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             if weight.is_meta:
-                replacement = nn.Parameter(torch.empty_like(weight, device="cpu"))
+                replacement = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="cpu"))
                 if isinstance(module, nn.ParameterDict):
                     module[name] = replacement
                 else:

@@ -14,7 +14,7 @@ from mars.model.cache import Cache, Prefix
 from mars.model.transformer import MarsTransformer, read_prefixes
 from mars.sequence.layout import IGNORE, drawn_image, read_image, written_text
 
-ROWS, WIDTH = 4, 8
+ROWS, WIDTH = 8, 8
 """Captions are read `ROWS` at a time and padded to a multiple of `WIDTH` ids."""
 
 

@@ -102,8 +102,10 @@ class StageConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads must be at least 1, got {self.threads}; leave it out for PyTorch's choice")
-        if not self.sample_prompts:
-            raise ConfigError("sample_prompts must hold at least one prompt, got none")
+        if not self.sample_prompts or not all(prompt.strip() for prompt in self.sample_prompts):
+            raise ConfigError(f"sample_prompts must hold prompts that are not empty, got {list(self.sample_prompts)}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must lie in 0..2**32 - 1, got {self.seed}")
         for name in ("special_weight", "prefix_gib"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")

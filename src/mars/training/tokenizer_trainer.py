@@ -1,6 +1,5 @@
 """Trains the image tokenizer: a plain auto-encoder first, then k-means, then a quantized one, and late an adversary."""
 
-import io
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -8,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -68,13 +66,17 @@ class TokenizerTrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "crop", "learning_rate", "report_every", "save_every"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be greater than 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be greater than 0 and finite, got {getattr(self, name)}")
         for name in ("l1_weight", "l2_weight", "commitment", "perceptual_weight", "adversarial_weight", "warmup"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.crop % self.tokenizer.factor:
             raise ConfigError(f"crop must be a multiple of {self.tokenizer.factor}, got {self.crop}")
+        if self.quantize_from < 0:
+            raise ConfigError(f"quantize_from must be at least 0, got {self.quantize_from}")
+        if self.tokenizer.code_choice == "lfq" and not self.decoder_only:
+            raise ConfigError("tokenizer.code_choice = 'lfq' has a codebook that is not trained; train another choice")
         if self.decoder_only and self.start_from is None:
             raise ConfigError("decoder_only needs start_from, the tokenizer whose codes are kept")
 
@@ -85,8 +87,7 @@ def load_pictures(shards: Iterable[Path]) -> tuple[Tensor, Tensor]:
     held_out: list[Tensor] = []
     for shard in shards:
         for picture in read_pictures(shard):
-            pixels = np.asarray(Image.open(io.BytesIO(picture.png)).convert("RGB"))
-            (train if picture.record.split == "train" else held_out).append(torch.from_numpy(pixels.copy()))
+            (train if picture.record.split == "train" else held_out).append(torch.from_numpy(picture.pixels()))
     if not train or not held_out:
         raise DataError(f"training needs pictures to train on and to hold out, got {len(train)} and {len(held_out)}")
     if len({tuple(picture.shape) for picture in train + held_out}) > 1:

@@ -12,18 +12,19 @@ from torch import Tensor
 from mars.checkpoint import (
     ModelInfo,
     atomic_folder,
-    check_tensors,
     codes_digest,
+    copy_tensors,
     load_image_tokenizer,
     read_info,
     read_json,
     read_tensors,
+    recover_folder,
     save_model,
     save_tensors,
     write_json,
 )
 from mars.data.loader import Loader, Sample
-from mars.errors import CheckpointError
+from mars.errors import CheckpointError, ConfigError
 from mars.model.base_llm import open_base_llm
 from mars.model.config import ModelConfig
 from mars.model.transformer import build_transformer, start_visual
@@ -67,6 +68,12 @@ class Trainer:
         codebook_VZ = self.image_tokenizer.quantizer.embedding.weight
         start_visual(self.transformer, generator=torch.Generator().manual_seed(config.seed), codebook_VZ=codebook_VZ)
         grid = self.loader.choices[0][0].shape
+        semvie = config.model.semvie
+        if semvie.grid_embedding and max(grid) > semvie.max_grid:
+            raise ConfigError(
+                f"model.semvie.max_grid must be at least {max(grid)} for codes of {grid[0]}x{grid[1]}, "
+                f"got {semvie.max_grid}"
+            )
         self.info = ModelInfo(
             name=config.name,
             language=config.model.language,
@@ -80,6 +87,7 @@ class Trainer:
         self.step = 0
         if config.model.start_from is not None:
             self._load_visual(config.model.start_from)
+        recover_folder(config.out / "last")
         if (config.out / "last").is_dir():
             self._resume()
 
@@ -103,9 +111,10 @@ class Trainer:
                 if report is not None:
                     report(self.step, means)
                 started, images, kept = time.perf_counter(), 0, {}
-            if self.step % config.save_every == 0 or self.step == config.steps:
+            samples = sampler is not None and self.step % config.sample_every == 0
+            if samples or self.step % config.save_every == 0 or self.step == config.steps:
                 self.save()
-            if sampler is not None and self.step % config.sample_every == 0:
+            if sampler is not None and samples:
                 self._sample(sampler, log)
         with atomic_folder(config.out / "model") as folder:
             save_model(folder, info=self.info, transformer=self.transformer, image_tokenizer=self.image_tokenizer)
@@ -174,15 +183,16 @@ class Trainer:
             write_json(folder / "state.json", {"step": self.step, "optimizer": self.config.optimizer.name})
 
     def _load_visual(self, folder: Path) -> None:
-        _, shapes = read_info(folder)
+        info, shapes = read_info(folder)
         if shapes != self.transformer.config:
             raise CheckpointError(f"{folder} has other shapes than the configuration; make [model.semvie] the same")
-        visual = self.transformer.visual_tensors()
-        stored = read_tensors(folder / "visual.safetensors")
-        check_tensors(stored, visual, where=str(folder / "visual.safetensors"))
-        with torch.no_grad():
-            for name, weight in visual.items():
-                weight.copy_(stored[name])
+        if info.language_digest != self.info.language_digest:
+            raise CheckpointError(
+                f"{folder} was trained on the LLM {info.language_digest[:19]}…, "
+                f"but {self.info.language} is {self.info.language_digest[:19]}…"
+            )
+        path = folder / "visual.safetensors"
+        copy_tensors(read_tensors(path), into=self.transformer.visual_tensors(), where=str(path))
 
     def _resume(self) -> None:
         folder = self.config.out / "last"
@@ -204,7 +214,7 @@ class Trainer:
         self.step = state["step"]
 
     def _sample(self, sampler: Sampler, log: RunLog) -> None:
-        self.save()
+        """Draws with what was just saved."""
         image = sampler(self.config.out / "last", self.config.sample_prompts)
         folder = self.config.out / "samples"
         folder.mkdir(exist_ok=True)

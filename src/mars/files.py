@@ -1,0 +1,35 @@
+"""Files that appear whole or not at all."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mars.errors import MarsError
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be written, in a few words."""
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        return "the disk is full"
+    return getattr(error, "strerror", None) or str(error)
+
+
+@contextmanager
+def whole_file(path: Path, *, error: type[MarsError]) -> Iterator[Path]:
+    """A hidden name beside `path` to write to: it becomes `path` when the block ends well, and vanishes when not.
+
+    Raises:
+        error: if the disk is full or the place cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except OSError as problem:
+        raise error(f"cannot write {path}: {reason(problem)}; nothing was written") from problem
+    finally:
+        with suppress(OSError):
+            partial.unlink()
