@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mars.errors import ImageError
 from mars.picture import GeneratedImage, open_picture
@@ -151,3 +151,49 @@ def test_a_picture_that_is_too_large_is_one_line(tmp_path: Path, side: int) -> N
 def test_a_picture_that_is_rather_large_is_one_line_too(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="must have at most 64,000,000 pixels"):
         open_picture(png_of_size(tmp_path / "a.png", 10_000, 10_000))
+
+
+def halves() -> Image.Image:
+    """Black above, white below, and a grey column at the left: no turn or mirroring leaves it as it is."""
+    image = Image.new("RGB", (48, 32), "white")
+    image.paste("black", (0, 0, 48, 16))
+    image.paste("grey", (0, 0, 8, 32))
+    return image
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_as_its_camera_was_held(tmp_path: Path, kind: str, orientation: int) -> None:
+    undone = {
+        1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }[orientation]  # fmt: skip
+    stored = halves() if undone is None else halves().transpose(undone)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a", kind, exif=exif)
+    found = open_picture(tmp_path / "a").convert("RGB")
+    assert found.size == (48, 32)
+    assert np.abs(np.asarray(found, dtype=int) - np.asarray(halves(), dtype=int)).mean() < 5
+    assert ImageOps.exif_transpose(found).size == found.size  # not to be turned twice
+
+
+def test_damaged_exif_says_nothing(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x011A] = 6, "a camera", 72.0
+    whole, numbers = exif.tobytes(), np.random.default_rng(0)
+    for _ in range(300):
+        content = bytearray(whole[: numbers.integers(7, len(whole) + 1)])
+        for place in numbers.integers(6, len(content), 3):
+            content[place] = numbers.integers(256)
+        halves().save(tmp_path / "a", "JPEG", exif=bytes(content))
+        assert sorted(open_picture(tmp_path / "a").size) == [32, 48]
+
+
+def test_a_picture_of_a_phone_with_a_second_one_inside_is_its_first(tmp_path: Path) -> None:
+    halves().save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[blocks()])
+    with Image.open(tmp_path / "a.jpg") as opened:
+        assert opened.format == "MPO"
+    found = open_picture(tmp_path / "a.jpg")
+    assert np.abs(np.asarray(found, dtype=int) - np.asarray(halves(), dtype=int)).mean() < 5

@@ -97,18 +97,20 @@ def test_torchvision_is_nowhere() -> None:
     assert "torchvision" not in names
 
 
-@pytest.mark.parametrize("module", [name for name in ("mars", "mars.cli") if importlib.util.find_spec(name)])
-def test_importing_it_is_instant(module: str) -> None:
-    heavy = {"diffusers", "numpy", "safetensors", "tokenizers", "torch", "transformers"}
+@pytest.mark.parametrize("module", ["mars", "mars.cli"])
+def test_importing_it_imports_nothing_heavy(module: str) -> None:
+    heavy = {"PIL", "diffusers", "numpy", "safetensors", "tokenizers", "torch", "transformers"}
     code = f"import sys, {module}; print(sorted(sys.modules.keys() & {heavy}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_every_public_name_can_be_imported() -> None:
-    lazy = {name: module for name, module in mars._LAZY.items() if importlib.util.find_spec(module)}
-    for name in set(mars.__all__) - (mars._LAZY.keys() - lazy.keys()):
-        assert getattr(mars, name) is not None
+    assert mars._LAZY.keys() < set(mars.__all__)
+    names = ", ".join(mars.__all__)
+    code = f"from mars import {names}; print([one.__module__ for one in (MarsError, MarsPipeline)])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['mars.errors', 'mars.pipeline']"
 
 
 def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:

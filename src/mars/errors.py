@@ -6,6 +6,7 @@
     ├── ModelError        a model or language model cannot be found or opened
     ├── DataError         a data set or a shard is wrong
     ├── ImageError        a picture cannot be read or has a size that cannot be used
+    ├── TrainingError     a run cannot go on: a loss or a gradient is not finite
     └── RequestError      what was asked for cannot be done (size, count, sampling)
         └── PromptError   the prompt itself is empty or too long
 
@@ -39,6 +40,10 @@ class DataError(MarsError):
 
 class ImageError(MarsError):
     """A picture cannot be read, or its size cannot be used."""
+
+
+class TrainingError(MarsError):
+    """A run cannot go on: a loss or a gradient is NaN or infinite."""
 
 
 class RequestError(MarsError):

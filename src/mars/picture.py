@@ -1,15 +1,17 @@
 """Picture files: opening what users give, and saving what was drawn with the text that says how."""
 
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from mars.errors import ImageError
 
-FORMATS = ("PNG", "JPEG", "WEBP")
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP")
+"""As PIL calls them; MPO are JPEG files of phones that hold a second picture, which is left aside."""
 MIN_SIDE = 16
 MAX_PIXELS = 64_000_000
 
@@ -33,15 +35,24 @@ class GeneratedImage(Image.Image):
         super().save(fp, format, **params)
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """A copy, turned as EXIF says; EXIF that is damaged says nothing."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return ImageOps.exif_transpose(image)
+    except (ArithmeticError, AttributeError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error):
+        return image.copy()
+
+
 def open_picture(path: Path) -> Image.Image:
-    """Reads a PNG, JPEG or WebP picture whole.
+    """Reads a PNG, JPEG or WebP picture whole, turned as its camera was held.
 
     Raises:
         ImageError: if the file is missing, is no such picture, is damaged, or is too small or too large.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is stricter
+            warnings.simplefilter("ignore")  # of size, where ours is stricter, and of EXIF
             opened = Image.open(path)
         with opened as image:
             if image.format not in FORMATS:
@@ -52,9 +63,10 @@ def open_picture(path: Path) -> Image.Image:
             if width * height > MAX_PIXELS:
                 raise ImageError(f"{path} must have at most {MAX_PIXELS:,} pixels, got {width}x{height}; shrink it")
             image.load()
-            if image.mode.startswith("I;16"):  # PIL cuts 16 bits off at 255 instead of scaling them
-                return image.point(lambda value: value * (1 / 257)).convert("L")
-            return image.copy()
+            upright = _upright(image)
+            if upright.mode.startswith("I;16"):  # PIL cuts 16 bits off at 255 instead of scaling them
+                return upright.point(lambda value: value * (1 / 257)).convert("L")
+            return upright
     except (FileNotFoundError, IsADirectoryError):
         raise ImageError(f"no picture at {path}") from None
     except Image.DecompressionBombError:

@@ -94,7 +94,8 @@ class MarsPipeline:
 
         Args:
             seed: of the first picture of each prompt, the others count up from it; or one seed per picture. Without
-                one it is drawn at random. A picture depends on its prompt, seed and settings alone, not on the batch.
+                one it is drawn at random. A picture depends on its prompt, seed and settings; the batch that it is
+                drawn in changes no more than rounding does.
             width, height: pixels; must be a size of `sizes`.
             negative_prompt: what guidance moves away from.
             sampling: temperature, top-k, top-p and guidance.
@@ -106,7 +107,8 @@ class MarsPipeline:
         """
         started = time.perf_counter()
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        self._check_prompts(prompts, n=n)
+        self._check_count(prompts, n=n)
+        self.check_prompts(prompts)
         grid = self._grid(width, height)
         seeds = self._seeds(seed, prompts=len(prompts), n=n)
         repeated = [text for text in prompts for _ in range(n)]
@@ -127,17 +129,21 @@ class MarsPipeline:
         seconds = {"prompt_and_codes": drawn - started, "pixels": ended - drawn, "total": ended - started}
         return Generated(images=images, prompts=repeated, seeds=seeds, codes=codes, seconds=seconds)
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises PromptError for a prompt that is empty or too long; a call does so too."""
+        for text in prompts:
+            if not text.strip():
+                raise PromptError("the prompt must not be empty; say what to draw")
+            self._prompt_ids(text)
+
     @staticmethod
-    def _check_prompts(prompts: list[str], *, n: int) -> None:
+    def _check_count(prompts: list[str], *, n: int) -> None:
         if not prompts:
             raise PromptError("there must be at least one prompt, got none")
         if n < 1 or n * len(prompts) > MAX_IMAGES:
             raise RequestError(
                 f"a call draws 1 to {MAX_IMAGES} pictures, got n = {n} for {len(prompts)} prompts; make several calls"
             )
-        for text in prompts:
-            if not text.strip():
-                raise PromptError("the prompt must not be empty; say what to draw")
 
     @staticmethod
     def _seeds(seed: int | Sequence[int] | None, *, prompts: int, n: int) -> list[int]:

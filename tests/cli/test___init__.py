@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mars import cli
+from mars import cli, pipeline
+from mars.cli import drawing
+from mars.data import scenes
 from mars.data.shards import read_codes, read_pictures
+from mars.pipeline import MarsPipeline
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -129,6 +133,84 @@ def test_prompts_come_from_standard_input_one_a_line(run: Run, tiny_model: Path,
     with Image.open("o/0001.png") as one, Image.open("alone.png") as other:
         assert np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max() <= 1
         assert one.info == other.info
+
+
+@pytest.fixture
+def two_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipeline takes two pictures in a call."""
+    monkeypatch.setattr(pipeline, "MAX_IMAGES", 2)
+    monkeypatch.setattr(drawing, "MAX_IMAGES", 2)
+
+
+LINES = "a\nb\nc\nd\ne\n"
+
+
+@pytest.mark.usefixtures("two_per_call")
+@pytest.mark.parametrize(("seed", "n"), [(3, 1), (None, 1), (3, 2)])
+def test_more_prompts_than_a_call_takes_are_drawn_in_several(
+    run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, seed: int | None, n: int
+) -> None:
+    options = ["--n", n, "--json", "--model", tiny_model, *([] if seed is None else ["--seed", seed])]
+    code, out, err = run("-", "--out", "some", *options, stdin=LINES)
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    some = json.loads(out)
+    assert [one["file"] for one in some["pictures"]] == [f"some/{index:04d}.png" for index in range(5 * n)]
+    assert [one["prompt"] for one in some["pictures"]] == [text for text in "abcde" for _ in range(n)]
+    first = some["pictures"][0]["seed"]
+    assert [one["seed"] for one in some["pictures"]] == [first + index for _ in range(5) for index in range(n)]
+    assert some["seconds"]["total"] == pytest.approx(some["seconds"]["prompt_and_codes"] + some["seconds"]["pixels"])
+    monkeypatch.setattr(pipeline, "MAX_IMAGES", 5 * n)
+    drawn = MarsPipeline.from_pretrained(tiny_model)(list("abcde"), n=n, seed=first)
+    for index, wanted in enumerate(drawn.images):
+        with Image.open(f"some/{index:04d}.png") as found:
+            assert found.info == wanted.info
+            assert np.abs(np.asarray(found, dtype=int) - np.asarray(wanted, dtype=int)).max() <= 1
+
+
+@pytest.mark.usefixtures("two_per_call")
+def test_pictures_are_on_the_disk_after_each_call(run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    call = MarsPipeline.__call__
+
+    def watched(self: MarsPipeline, *arguments: Any, **named: Any) -> Any:
+        seen.append(sorted(path.name for path in Path.cwd().rglob("*.png")))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return call(self, *arguments, **named)
+
+    monkeypatch.setattr(MarsPipeline, "__call__", watched)
+    code, out, err = run("-", "--seed", 1, "-o", "a.png", "--model", tiny_model, stdin=LINES)
+    assert (code, err) == (130, "mars: interrupted\n")
+    names = [f"a-{index:04d}.png" for index in range(4)]
+    assert seen == [[], names[:2], names]
+    assert out == "".join(f"{name}  (seed 1)\n" for name in names)
+
+
+@pytest.mark.usefixtures("two_per_call")
+@pytest.mark.parametrize(("said", "word"), [(LINES + "x" * 600, "at most 512 tokens")])
+def test_a_prompt_of_a_later_call_is_refused_before_the_first(run: Run, tiny_model: Path, said: str, word: str) -> None:
+    one_line(run("-", "--out", "new", "--model", tiny_model, stdin=said), word)
+    assert here() == []
+
+
+def test_one_bar_counts_the_steps_of_all_calls(pipe: MarsPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "MAX_IMAGES", 2)
+    told: list[tuple[int, int]] = []
+    drawn = drawing.draw_all(
+        pipe, list("abc"), n=1, seed=1, size=(None, None), negative="", sampling=pipeline.DEFAULT_SAMPLING,
+        progress=lambda *done: told.append(done),
+    )  # fmt: skip
+    assert [len(one.images) for one in drawn] == [2, 1]
+    assert told == [(step, 12) for step in range(1, 13)]
+
+
+def test_options_before_the_words_mean_generate_too(run: Run, tiny_model: Path) -> None:
+    assert run("--seed", 1, "-m", tiny_model, "a red apple")[0] == 0
+    assert run("generate", "a red apple", "--seed", 1, "-m", tiny_model, "-o", "b.png")[0] == 0
+    assert Path("mars.png").read_bytes() == Path("b.png").read_bytes()
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "caption" in out
 
 
 @pytest.mark.parametrize(
@@ -351,6 +433,18 @@ def test_scenes_become_pictures_and_then_codes(run: Run, model: Path) -> None:
     assert here() == ["s.parquet", "s.tar"]
 
 
+def test_encoding_moves_a_bar(run: Run, model: Path, tiny_pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[tuple[str, int, int]] = []
+
+    @contextmanager
+    def bar(what: str) -> Iterator[Callable[[int, int], None]]:
+        yield lambda done, total: moved.append((what, done, total))
+
+    monkeypatch.setattr(cli, "bar", bar)
+    assert run("data", "encode", tiny_pictures, "--image-tokenizer", model, "--out", "s.parquet")[0] == 0
+    assert moved == [("encoding", 32, 32)]
+
+
 @pytest.mark.parametrize("command", ["scenes", "encode"])
 def test_a_set_that_does_not_fit_on_the_disk_is_one_line(
     run: Run, model: Path, full_disk: Path, tiny_pictures: Path, command: str
@@ -409,15 +503,15 @@ def test_standard_input_that_is_no_text_is_one_line(tmp_path: Path, tiny_model: 
     assert done.stderr.count(b"\n") == 1
 
 
-def test_an_interruption_is_quiet(run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*arguments: Any) -> None:
+def test_an_interruption_is_one_line(run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any, **named: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_open", interrupted)
-    code, out, err = run("x", "--model", tiny_model)
-    assert (code, out) == (130, "")
-    assert "Traceback" not in err
+    assert run("x", "--model", tiny_model) == (130, "", "mars: interrupted\n")
     assert here() == []
+    monkeypatch.setattr(scenes, "make_scenes", interrupted)
+    assert run("data", "scenes", "--out", "s.tar") == (130, "", "mars: interrupted\n")  # a command of a group
 
 
 def test_a_package_that_is_not_installed_is_one_line(

@@ -1,15 +1,21 @@
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import nan
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from torch import Tensor
 
 from mars import cli
 from mars.checkpoint import load_image_tokenizer, load_model
-from mars.cli.training import draw_samples
+from mars.cli.progress import Report
+from mars.cli.training import draw_samples, start_training
+from mars.model.transformer import MarsTransformer
+from mars.training import trainer
 
 Train = Callable[..., tuple[int, str]]
 
@@ -79,7 +85,7 @@ def test_a_tokenizer_is_trained(train: Train, tmp_path: Path, tiny_pictures: Pat
     code, err = train(tmp_path / "a.toml", "--set", "batch_size=3")
     assert code == 0
     assert "psnr" in err
-    assert load_image_tokenizer(tmp_path / "run")[0].config.num_codes == 16
+    assert load_image_tokenizer(tmp_path / "run" / "last")[0].config.num_codes == 16
 
 
 @pytest.mark.parametrize(
@@ -126,3 +132,33 @@ def test_samples_are_a_row_of_pictures_that_repeats(tiny_model: Path) -> None:
     sheet = draw_samples(tiny_model, ["a", "红", "c"])
     assert sheet.size == (3 * 48, 48)
     assert sheet.tobytes() == draw_samples(tiny_model, ["a", "红", "c"]).tobytes()
+
+
+def test_a_tokenizer_moves_a_bar_on_a_terminal(tmp_path: Path, tiny_pictures: Path) -> None:
+    table = {
+        "stage": "tokenizer", "data": [str(tiny_pictures)], "out": str(tmp_path / "run"), "steps": 25, "batch_size": 2,
+        "crop": 16, "perceptual_weight": 0.0,
+        "tokenizer": {"num_codes": 16, "code_width": 8, "channels": [32], "patch": 16, "blocks_per_level": 1},
+    }  # fmt: skip
+    (tmp_path / "a.toml").write_text(toml(table), "utf-8")
+    moved: list[tuple[int, int]] = []
+
+    @contextmanager
+    def bar(what: str) -> Iterator[Report]:
+        assert what == "training"
+        yield lambda done, total: moved.append((done, total))
+
+    said: list[str] = []
+    start_training(tmp_path / "a.toml", [], say=said.append, bar=bar)
+    assert moved[-1] == (25, 25)
+    assert not any(line.startswith("step") for line in said)
+
+
+def test_a_run_that_diverges_is_one_line(train: Train, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverged(transformer: MarsTransformer, *_: object, **__: object) -> Tensor:
+        return transformer.visual_head.weight.sum() * nan
+
+    monkeypatch.setattr(trainer, "text_to_image_loss", diverged)
+    code, err = train(config, "--set", "captioning=0")
+    assert code == 1
+    assert err == "mars: loss must be finite, got nan at step 0; nothing was saved yet, start again with a lower rate\n"

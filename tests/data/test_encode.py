@@ -35,10 +35,13 @@ def test_codes_are_those_of_each_picture_alone(
     tiny_pictures: Path, tmp_path: Path, tokenizer: ImageTokenizer, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
     monkeypatch.setattr(encode, "BATCH", batch)
-    told: list[int] = []
+    told: list[tuple[int, int]] = []
     out = tmp_path / "new" / "codes.parquet"
-    assert encode_pictures(tiny_pictures, tokenizer=tokenizer, digest="d", out=out, progress=told.append) == 32
-    assert told == ([32] if batch == 64 else [7, 14, 21, 28, 32])
+    count = encode_pictures(
+        tiny_pictures, tokenizer=tokenizer, digest="d", out=out, progress=lambda *done: told.append(done)
+    )
+    assert count == 32
+    assert told == [(done, 32) for done in ([32] if batch == 64 else [7, 14, 21, 28, 32])]
     found, digest = read_codes(out)
     assert digest == "d"
     for picture, item in zip(read_pictures(tiny_pictures), found, strict=True):

@@ -70,6 +70,25 @@ def test_a_style_with_few_pictures_is_told(pipe: MarsPipeline, pictures: dict[st
 
 
 @needs_networks
+@pytest.mark.usefixtures("few")
+def test_what_training_has_seen_is_dropped_and_told(
+    pipe: MarsPipeline, pictures: dict[str, Picture], tmp_path: Path
+) -> None:
+    small = [pictures[f"{style}-{number}"] for style in "ab" for number in (0, 1, 3, 8)]
+    small[2] = replace(small[2], png=small[0].png)
+    write_pictures(tmp_path / "small.tar", small)
+    report = retrieval_benchmark(
+        pipe, pictures=tmp_path / "small.tar", out=tmp_path / "out", prompts=8, sets=["held-out pictures"]
+    )
+    assert report["notes"][:2] == [
+        "held-out pictures: 1 pictures of the shard were dropped: training has seen the same",
+        "held-out pictures: the shard holds 3 prompts in both languages of the 4 asked for",
+    ]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text("utf-8").splitlines()]
+    assert {line["key"] for line in lines} == {"a-8", "b-3", "b-8"}
+
+
+@needs_networks
 def test_the_tokenizer_is_measured_on_held_out_pictures(pipe: MarsPipeline, pictures: dict[str, Picture]) -> None:
     held_out = [one for one in pictures.values() if one.record.split != "train"]
     figures, grid = tokenizer_benchmark(pipe.model.image_tokenizer, held_out=held_out)

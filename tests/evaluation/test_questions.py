@@ -1,7 +1,10 @@
+import io
 from dataclasses import replace
 
+from PIL import Image
+
 from mars.data.shards import Picture
-from mars.evaluation.questions import SETS, choose_questions
+from mars.evaluation.questions import SETS, Seen, choose_questions
 
 
 def test_questions_are_of_their_split_with_prompts_in_both_languages(pictures: dict[str, Picture]) -> None:
@@ -40,3 +43,44 @@ def test_what_looks_or_is_called_the_same_is_no_candidate(pictures: dict[str, Pi
     assert "a-1" not in candidates["a-0"]
     assert "a-3" not in candidates["a-2"]
     assert {"a-0", "a-1"} <= candidates["a-5"]
+
+
+def test_a_held_out_picture_that_looks_like_a_trained_one_is_never_asked_about(pictures: dict[str, Picture]) -> None:
+    file = io.BytesIO()
+    with Image.open(io.BytesIO(pictures["b-0"].png)) as trained:
+        trained.convert("RGBA").save(file, "PNG", compress_level=0)
+    assert file.getvalue() != pictures["b-0"].png
+    pictures["a-3"] = replace(pictures["a-3"], png=file.getvalue())  # held out as a picture
+    pictures["a-4"] = replace(pictures["a-4"], png=pictures["a-1"].png)  # held out as a concept
+    pictures["a-2"] = replace(pictures["a-2"], png=pictures["a-1"].png)  # trained, as its twin is
+    pictures["a-9"] = replace(pictures["a-9"], png=pictures["a-14"].png)  # both held out
+    seen = Seen.of(pictures.values())
+    leaks = {name: seen.leaks(pictures, chosen=chosen) for name, chosen in SETS.items()}
+    looks_trained = {
+        key for key, one in pictures.items()
+        if any((one.pixels() == other.pixels()).all() for other in pictures.values() if other.record.split == "train")
+    }  # fmt: skip
+    assert {"a-3", "a-4"} <= looks_trained
+    for name, split in (("held-out pictures", "picture"), ("held-out concepts", "concept")):
+        assert leaks[name] == {key for key in looks_trained if pictures[key].record.split == split}
+        asked = choose_questions(pictures, chosen=SETS[name], count=100, seed=0, without=leaks[name])
+        assert {one.key for one in asked} == {k for k, one in pictures.items() if one.record.split == split} - leaks[
+            name
+        ]
+    assert leaks["trained names"] == leaks["paraphrases"] == frozenset()
+
+
+def test_a_paraphrase_that_is_a_trained_caption_is_never_asked_about(pictures: dict[str, Picture]) -> None:
+    def renamed(key: str, kind: str, text: str) -> None:
+        record = pictures[key].record
+        captions = tuple(replace(one, text=text) if one.kind == kind else one for one in record.captions)
+        pictures[key] = replace(pictures[key], record=replace(record, captions=captions))
+
+    renamed("a-5", "name", "box 0 en")  # trained under another concept's paraphrase
+    renamed("a-3", "name", "box 1 zh")  # held out, so never read
+    renamed("a-7", "paraphrase", "box 2 en")  # only another paraphrase
+    leaks = Seen.of(pictures.values()).leaks(pictures, chosen=SETS["paraphrases"])
+    assert leaks == {"a-0", "b-0"}
+    asked = choose_questions(pictures, chosen=SETS["paraphrases"], count=100, seed=0, without=leaks)
+    assert {"a-1", "a-2", "a-7"} <= {one.key for one in asked}
+    assert not leaks & {one.key for one in asked}

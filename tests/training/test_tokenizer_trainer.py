@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mars.checkpoint import codes_digest, load_image_tokenizer, read_json
+from mars.checkpoint import codes_digest, load_image_tokenizer, read_json, write_json
 from mars.config import from_dict
 from mars.data.shards import Picture, read_pictures, write_pictures
-from mars.errors import ConfigError, DataError
+from mars.errors import CheckpointError, ConfigError, DataError, TrainingError
+from mars.image_tokenizer.losses import discriminator_loss
+from mars.training import tokenizer_trainer as module
 from mars.training.tokenizer_trainer import (
     TokenizerTrainer,
     TokenizerTrainingConfig,
@@ -90,7 +92,10 @@ def test_a_whole_run_leaves_a_tokenizer_a_report_and_a_grid(table: dict[str, Any
     with Image.open(run / "reconstructions.png") as grid:
         assert grid.size == (8 * 48, 2 * 32)
     assert any("step 25/25" in line for line in said)
-    tokenizer, _ = load_image_tokenizer(run)
+    assert {path.name for path in run.iterdir()} - {"tensorboard"} == {
+        "last", "log.jsonl", "reconstructions.png", "report.json",
+    }  # fmt: skip
+    tokenizer, _ = load_image_tokenizer(run / "last")
     assert evaluate_tokenizer(tokenizer, held_out) == pytest.approx(report)
 
 
@@ -99,7 +104,9 @@ def test_training_the_decoder_alone_keeps_every_code(table: dict[str, Any], tmp_
     pictures, _ = load_pictures(first.config.data)
     steps(first, 5, pictures)
     first.save()
-    config = config_of(table, decoder_only=True, start_from=str(tmp_path / "run"), out=str(tmp_path / "decoder"))
+    config = config_of(
+        table, decoder_only=True, start_from=str(tmp_path / "run" / "last"), out=str(tmp_path / "decoder")
+    )
     second = TokenizerTrainer(config)
     steps(second, 6, pictures)
     assert codes_digest(second.tokenizer) == codes_digest(first.tokenizer)
@@ -179,3 +186,85 @@ def test_a_grid_shows_pictures_above_their_reconstructions(table: dict[str, Any]
     grid = reconstruction_grid(trainer.tokenizer, pictures, columns=3)
     assert grid.size == (3 * 48, 4 * 32)
     assert torch.equal(torch.from_numpy(np.asarray(grid)[:32, :48].copy()), pictures[0].permute(1, 2, 0))
+
+
+def test_a_killed_save_leaves_the_last_state_whole(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, last = config_of(table), tmp_path / "run" / "last"
+    trainer = TokenizerTrainer(config)
+    pictures, _ = load_pictures(config.data)
+    steps(trainer, 2, pictures)
+    trainer.save()
+    kept = {path.name: path.read_bytes() for path in last.iterdir()}
+    steps(trainer, 1, pictures)
+
+    def killed(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("save_image_tokenizer", "save_tensors", "write_state"):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                trainer.save()
+        assert {path.name: path.read_bytes() for path in last.iterdir()} == kept
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["last"]
+    last.rename(last.with_name(".last.old"))  # killed between the two moves
+    assert TokenizerTrainer(config).step == 2
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient_norm", "the discriminator's loss"])
+def test_a_number_that_is_not_finite_stops_the_run_and_the_last_state_stays(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    trainer = TokenizerTrainer(config_of(table, save_every=1, adversarial_from=0))
+    images = trainer.tokenizer.to_images
+
+    def rebuilt(vectors: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = images(vectors)
+        if trainer.step < 4 or broken.startswith("the"):
+            return found
+        return found * torch.nan if broken == "loss" else found + (found * 0).sqrt()  # 0, of infinite slope
+
+    monkeypatch.setattr(trainer.tokenizer, "to_images", rebuilt)
+
+    def judged(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        return discriminator_loss(real, fake) * (1 if trainer.step < 4 else torch.inf)
+
+    if broken.startswith("the"):
+        monkeypatch.setattr(module, "discriminator_loss", judged)
+    if broken == "gradient_norm":
+        monkeypatch.setattr(trainer, "_adversarial", lambda reconstruction, *_: reconstruction * 0)
+    elif broken == "loss":
+        monkeypatch.setattr(trainer, "_adversarial", lambda reconstruction, *_: reconstruction)
+    message = f"{broken} must be finite, got (inf|nan) at step 4; continue from"
+    with pytest.raises(TrainingError, match=message) as caught:
+        trainer.train(lambda _: None)
+    assert str(tmp_path / "run" / "last") in str(caught.value)
+    resumed = TokenizerTrainer(config_of(table, learning_rate=1e-4))
+    assert resumed.step == 4
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in state(resumed).values())
+    weights, right = dict(trainer.tokenizer.named_parameters()), dict(resumed.tokenizer.named_parameters())
+    assert all(torch.equal(weights[name], right[name]) for name in right if not name.startswith("quantizer"))
+
+
+def test_a_state_of_another_run_is_one_line(table: dict[str, Any], tmp_path: Path) -> None:
+    TokenizerTrainer(config_of(table)).save()
+    for changes in ({"seed": 1}, {"batch_size": 3}):
+        with pytest.raises(ConfigError, match=f"{next(iter(changes))} must stay"):
+            TokenizerTrainer(config_of(table, **changes))
+    assert TokenizerTrainer(config_of(table, steps=99, learning_rate=1e-5)).step == 0
+    for damaged in ({}, {"step": "many"}, {"step": -1}):
+        write_json(tmp_path / "run" / "last" / "state.json", damaged)
+        with pytest.raises(CheckpointError, match="must hold the step"):
+            TokenizerTrainer(config_of(table))
+
+
+def test_a_bar_takes_the_place_of_the_lines_of_steps(table: dict[str, Any]) -> None:
+    said: list[str] = []
+    moved: list[tuple[int, int]] = []
+    config = config_of(table, steps=25, report_every=10)
+    TokenizerTrainer(config).train(said.append, progress=lambda *done: moved.append(done))
+    assert moved == [(step, 25) for step in range(1, 26)]
+    assert len(said) == 2
+    assert all(line.startswith("psnr") for line in said)

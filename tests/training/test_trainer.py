@@ -11,9 +11,10 @@ from PIL import Image
 from mars.checkpoint import load_model, read_json, read_tensors, write_json
 from mars.config import from_dict
 from mars.data.shards import CodedPicture, read_codes, write_codes
-from mars.errors import CheckpointError, ConfigError, MarsError
+from mars.errors import CheckpointError, ConfigError, MarsError, TrainingError
 from mars.model.language_tensors import tensors_digest
 from mars.training import trainer as module
+from mars.training.losses import text_to_image_loss
 from mars.training.stages import StageConfig
 from mars.training.trainer import Trainer
 
@@ -95,8 +96,8 @@ def test_guidance_dropout_and_captioning_come_as_often_as_asked(stage: Stage, mo
     rows: list[Sequence[int]] = []
     captions: list[Sequence[int]] = []
     monkeypatch.setattr(trainer.prefixes, "get", rows.extend)
-    monkeypatch.setattr(module, "text_to_image_loss", lambda *_: weight.sum() * 0)
-    monkeypatch.setattr(module, "begin_image_loss", lambda *_: weight.sum() * 0)
+    monkeypatch.setattr(module, "text_to_image_loss", lambda *_, **__: weight.sum() * 0)
+    monkeypatch.setattr(module, "begin_image_loss", lambda *_, **__: weight.sum() * 0)
 
     def captioning(*arguments: Any, hints: Sequence[Sequence[int]], end: int) -> torch.Tensor:
         captions.extend(arguments[2])
@@ -111,13 +112,19 @@ def test_guidance_dropout_and_captioning_come_as_often_as_asked(stage: Stage, mo
     assert all(captions)
 
 
-@pytest.mark.parametrize(("name", "absent"), [("captioning", "caption_loss"), ("guidance_dropout", "")])
-def test_a_share_of_0_is_never(stage: Stage, name: str, absent: str) -> None:
-    trainer = start(stage(**{name: 0.0}))
-    losses = steps(trainer, 12)
-    assert all(absent not in one for one in losses) or not absent
-    if name == "guidance_dropout":
-        assert (trainer.text_tokenizer.bos_id,) not in trainer.prefixes.prefixes
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_without_captioning_no_step_learns_to_caption(stage: Stage, share: float) -> None:
+    losses = steps(start(stage(captioning=share)), 12)
+    assert any("caption_loss" in one for one in losses) == (share > 0)
+    assert any("loss" in one for one in losses)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_without_guidance_dropout_no_caption_is_emptied(stage: Stage, share: float) -> None:
+    trainer = start(stage(guidance_dropout=share, captioning=0.0))
+    steps(trainer, 4)
+    assert ((trainer.text_tokenizer.bos_id,) in trainer.prefixes.prefixes) == (share > 0)
+    assert len(trainer.prefixes.prefixes) > 4
 
 
 def test_a_run_without_a_store_has_the_same_losses(stage: Stage, tmp_path: Path) -> None:
@@ -146,7 +153,10 @@ def test_a_whole_run_leaves_a_model_a_log_and_samples(stage: Stage, tmp_path: Pa
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
     assert [line["step"] for line in lines] == [3, 6]
     assert lines[0]["tokens_per_second"] == pytest.approx(6 * lines[0]["images_per_second"])
-    assert read_json(run / "last" / "state.json") == {"step": 7, "optimizer": "adamw"}
+    assert read_json(run / "last" / "state.json") == {
+        "step": 7, "optimizer": "adamw", "seed": 0, "batch_size": 6, "pictures": 24,
+        "image_tokenizer": trainer.loader.image_tokenizer,
+    }  # fmt: skip
     model = load_model(run / "model")
     assert model.info.grids == ((2, 3),)
     for name, weight in trainer.transformer.visual_tensors().items():
@@ -226,10 +236,10 @@ def test_a_killed_save_leaves_the_last_checkpoint(
     steps(trainer, 2)
     trainer.save()
 
-    def killed(*arguments: object) -> None:
+    def killed(*arguments: object, **named: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "write_json", killed)
+    monkeypatch.setattr(module, "write_state", killed)
     steps(trainer, 1)
     with pytest.raises(KeyboardInterrupt):
         trainer.save()
@@ -270,3 +280,70 @@ def test_a_step_that_is_sampled_is_saved_once(stage: Stage, monkeypatch: pytest.
     monkeypatch.setattr(trainer, "_sample", lambda *_: None)
     trainer.train(sampler=lambda *_: Image.new("RGB", (1, 1)))
     assert saved == [2, 4]
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient_norm"])
+def test_a_number_that_is_not_finite_stops_the_run_and_the_last_state_stays(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    table = stage(captioning=0.0, save_every=1)
+    trainer = start(table)
+
+    def loss(*arguments: Any, **named: Any) -> torch.Tensor:
+        found = text_to_image_loss(*arguments, **named)
+        if trainer.step < 3:
+            return found
+        return found * torch.inf if broken == "loss" else found + (found * 0).sqrt()  # 0, with a slope of 0 * infinity
+
+    monkeypatch.setattr(module, "text_to_image_loss", loss)
+    message = f"{broken} must be finite, got (inf|nan) at step 3; continue from"
+    with pytest.raises(TrainingError, match=message) as caught:
+        trainer.train()
+    assert str(tmp_path / "run" / "last") in str(caught.value)
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    table["optimizer"] = table["optimizer"] | {"learning_rate": 1e-3}
+    resumed = start(table)
+    assert resumed.step == 3
+    weights, kept = visual(trainer), visual(resumed)
+    assert all(torch.equal(weights[name], kept[name]) for name in kept)  # what is in memory has not moved either
+    steps(resumed, 2)
+
+
+@pytest.mark.parametrize("name", ["seed", "batch_size", "image_tokenizer", "pictures", "optimizer"])
+def test_a_run_cannot_be_continued_as_another(stage: Stage, tmp_path: Path, name: str) -> None:
+    table = stage()
+    trainer = start(table)
+    steps(trainer, 1)
+    trainer.save()
+    file = tmp_path / "run" / "last" / "state.json"
+    state = read_json(file)
+    write_json(file, state | {name: "muon" if name == "optimizer" else 3})
+    with pytest.raises(ConfigError, match=f"{name} must stay (3|muon), .* start anew with --set out=DIR") as caught:
+        start(table)
+    assert "\n" not in str(caught.value)
+    write_json(file, {"step": 1})  # as older versions wrote it
+    assert start(table).step == 1
+
+
+def test_a_run_may_be_prolonged_and_its_rates_and_shares_changed(stage: Stage) -> None:
+    trainer = start(stage())
+    steps(trainer, 2)
+    trainer.save()
+    changes: dict[str, Any] = {"steps": 20, "captioning": 0.5, "guidance_dropout": 0.0, "save_every": 3, "name": "b"}
+    resumed = start(stage(**changes, optimizer=OPTIMIZERS["adamw"] | {"learning_rate": 1e-4, "decay": 5}))
+    assert resumed.step == 2
+    assert resumed.optimizers[0].param_groups[0]["peak"] == 1e-4
+    steps(resumed, 1)
+
+
+def test_a_run_over_other_pictures_is_another_run(stage: Stage, tmp_path: Path, tiny_codes: Path) -> None:
+    start(stage()).save()
+    coded, digest = read_codes(tiny_codes)
+    write_codes(tmp_path / "few.parquet", coded[:9], tokenizer=digest)
+    with pytest.raises(ConfigError, match="pictures must stay 24, .* got 9"):
+        start(stage(data={"shards": [str(tmp_path / "few.parquet")]}))
+    with pytest.raises(ConfigError, match="batch_size must stay 6, .* got 5"):
+        start(stage(batch_size=5))
+    with pytest.raises(ConfigError, match="seed must stay 0, .* got 1"):
+        start(stage(seed=1))

@@ -3,24 +3,38 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: waiting threads sleep
 
 import typer
+from typer.core import TyperGroup
 
-from mars.errors import MarsError, PromptError, RequestError
-from mars.files import whole_file
+from mars.cli.progress import bar
+from mars.errors import MarsError, PromptError
 
 if TYPE_CHECKING:
     from mars.generation.sampling import Sampling
-    from mars.pipeline import Generated, MarsPipeline
+    from mars.pipeline import MarsPipeline
+
+
+class _Interruptible(TyperGroup):
+    """Ends quietly on Ctrl-C; Typer would, in some versions, say so itself and exit with 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command of a click context."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _say("mars: interrupted")
+            raise typer.Exit(130) from None
+
 
 app = typer.Typer(
     name="mars",
+    cls=_Interruptible,
     help='Text to image by a frozen language model and a trained visual expert. `mars "a red apple"` draws one.',
     no_args_is_help=True,
     add_completion=False,
@@ -63,21 +77,6 @@ def _sampling(
     return replace(DEFAULT_SAMPLING, **{name: value for name, value in asked.items() if value is not None})
 
 
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on standard error when that is a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
 def _standard_input() -> str:
     try:
         return sys.stdin.read()
@@ -92,25 +91,6 @@ def _prompts(words: list[str]) -> list[str]:
             raise PromptError("standard input must hold a prompt per line, got none")
         return prompts
     return [" ".join(words)]
-
-
-def _targets(out: Path, count: int) -> list[Path]:
-    """Files for `count` pictures: `out` itself for one, numbered beside it (or inside it, a folder) for more."""
-    if out.is_dir() or not out.suffix:
-        return [out / f"{index:04d}.png" for index in range(count)]
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise RequestError(f"--out must end in .png, .jpg or .webp, or name a folder, got {out}")
-    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{index:04d}") for index in range(count)]
-
-
-def _save(drawn: "Generated", out: Path) -> list[Path]:
-    """Writes all pictures, each whole or not at all."""
-    targets = _targets(out, len(drawn.images))
-    for image, target in zip(drawn.images, targets, strict=True):
-        kind = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(target.suffix.lower(), "PNG")
-        with whole_file(target, error=RequestError) as partial:
-            image.save(partial, format=kind)
-    return targets
 
 
 @app.command()
@@ -133,25 +113,27 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Draw pictures for a prompt, in English or Chinese."""
+    from mars.cli.drawing import draw_all, save, targets
+
     prompts = _prompts(prompt)
     sampling = _sampling(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
-    _targets(out, 1)
+    files = targets(out, n * len(prompts))
     pipe = _open(model)
-    with _progress("drawing") as progress:
-        drawn = pipe(
-            prompts, n=n, seed=seed, width=width, height=height, negative_prompt=negative, sampling=sampling,
-            progress=progress,
-        )  # fmt: skip
-    files = _save(drawn, out)
+    pictures: list[dict[str, Any]] = []
+    seconds: dict[str, float] = {}
+    with bar("drawing") as progress:
+        for drawn in draw_all(
+            pipe, prompts, n=n, seed=seed, size=(width, height), negative=negative, sampling=sampling, progress=progress
+        ):
+            written = list(islice(files, len(drawn.images)))
+            save(drawn, written)
+            seconds = {name: seconds.get(name, 0.0) + value for name, value in drawn.seconds.items()}
+            for file, text, number in zip(written, drawn.prompts, drawn.seeds, strict=True):
+                pictures.append({"file": str(file), "prompt": text, "seed": number})
+                if not as_json:
+                    typer.echo(f"{file}  (seed {number})")
     if as_json:
-        pictures = [
-            {"file": str(file), "prompt": text, "seed": number}
-            for file, text, number in zip(files, drawn.prompts, drawn.seeds, strict=True)
-        ]
-        typer.echo(json.dumps({"pictures": pictures, "seconds": drawn.seconds}, ensure_ascii=False))
-        return
-    for file, number in zip(files, drawn.seeds, strict=True):
-        typer.echo(f"{file}  (seed {number})")
+        typer.echo(json.dumps({"pictures": pictures, "seconds": seconds}, ensure_ascii=False))
 
 
 @app.command()
@@ -215,7 +197,7 @@ def train(
     """Train an image tokenizer or a stage of a model; run again to continue."""
     from mars.cli.training import start_training
 
-    start_training(config, overrides or [], say=_say)
+    start_training(config, overrides or [], say=_say, bar=bar)
 
 
 @app.command(name="eval")
@@ -282,18 +264,19 @@ def encode(
     from mars.data.encode import encode_pictures
 
     tokenizer, _ = load_image_tokenizer(image_tokenizer)
-    count = encode_pictures(pictures, tokenizer=tokenizer, digest=codes_digest(tokenizer), out=out)
+    digest = codes_digest(tokenizer)
+    with bar("encoding") as progress:
+        count = encode_pictures(pictures, tokenizer=tokenizer, digest=digest, out=out, progress=progress)
     typer.echo(f"{out}: {count:,} pictures")
 
 
 def _with_default_command(arguments: list[str]) -> list[str]:
-    """`mars "a red apple"` and `mars -` mean `mars generate ...`."""
+    """`mars "a red apple"`, `mars --seed 1 "a red apple"` and `mars -` mean `mars generate ...`."""
     known = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
     known |= {group.name for group in app.registered_groups if isinstance(group.name, str)}
-    first = arguments[0] if arguments else "--help"
-    if first not in known and (first == "-" or not first.startswith("-")):
-        return ["generate", *arguments]
-    return arguments
+    if not arguments or arguments[0] in {*known, "--help"}:
+        return arguments
+    return ["generate", *arguments]
 
 
 def main() -> None:
@@ -317,6 +300,3 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         _say(f"mars: {where}{error.strerror or error}")
         sys.exit(1)
-    except KeyboardInterrupt:
-        _say("mars: interrupted")
-        sys.exit(130)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mars.checkpoint import load_model
+from mars.cli.progress import Bar
 from mars.config import load_config
 from mars.errors import ConfigError
 from mars.pipeline import MarsPipeline
@@ -18,7 +19,7 @@ from mars.training.tokenizer_trainer import TokenizerTrainer, TokenizerTrainingC
 from mars.training.trainer import Trainer
 
 
-def start_training(config: Path, overrides: Sequence[str], *, say: Callable[[str], None]) -> None:
+def start_training(config: Path, overrides: Sequence[str], *, say: Callable[[str], None], bar: Bar) -> None:
     """Trains what the file describes: `stage = "tokenizer"` an image tokenizer, any other stage a model.
 
     Raises:
@@ -30,7 +31,9 @@ def start_training(config: Path, overrides: Sequence[str], *, say: Callable[[str
         stage = None  # load_config says what is wrong
     if stage == "tokenizer":
         tokenizer_config = load_config(TokenizerTrainingConfig, config, overrides)
-        report = TokenizerTrainer(tokenizer_config).train(say)
+        tokenizer_trainer = TokenizerTrainer(tokenizer_config)
+        with bar("training") as progress:
+            report = tokenizer_trainer.train(say, progress=progress)
         say("  ".join(f"{name} {value:.3f}" for name, value in report.items()))
         return
     stage_config = load_config(StageConfig, config, overrides)

@@ -32,21 +32,22 @@ def encode_pictures(
     tokenizer: ImageTokenizer,
     digest: str,
     out: Path,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Writes the code shard of a picture shard; returns how many pictures it holds.
 
     Args:
         digest: of the tokenizer, so that training can tell whose codes these are.
-        progress: called with how many are done.
+        progress: called after each batch with how many are done and how many there are.
     """
 
     def coded() -> Iterator[CodedPicture]:
         pictures, done, sizes = read_pictures(shard), 0, set[tuple[int, ...]]()
+        total = sum(1 for _ in read_pictures(shard)) if progress is not None else 0
         while batch := list(islice(pictures, BATCH)):
             yield from _encode(tokenizer, batch, sizes)
             done += len(batch)
             if progress is not None:
-                progress(done)
+                progress(done, total)
 
     return write_codes(out, coded(), tokenizer=digest)

@@ -29,7 +29,7 @@ from mars.data.shards import Picture, read_pictures
 from mars.errors import DataError, RequestError
 from mars.evaluation.features import PACKAGE, EfficientNetLite0
 from mars.evaluation.metrics import hits, ranks, summary
-from mars.evaluation.questions import CANDIDATES, LANGUAGES, POOL, SETS, Question, choose_questions
+from mars.evaluation.questions import CANDIDATES, LANGUAGES, POOL, SETS, Question, Seen, choose_questions
 from mars.evaluation.report import Pair, contact_sheet, open_folder, write_report
 from mars.generation.engine import DrawRequest, draw
 from mars.generation.sampling import Sampling
@@ -114,8 +114,11 @@ def retrieval_benchmark(
     network, seconds = EfficientNetLite0(), _Stopwatch(say)
     with seconds.measure("reading"):
         shard = {picture.record.key: picture for picture in read_pictures(pictures)}
+        seen = Seen.of(shard.values())
+        leaks = {name: seen.leaks(shard, chosen=SETS[name]) for name in wanted}
         questions = {
-            name: choose_questions(shard, chosen=SETS[name], count=count, seed=seed) for name, count in wanted.items()
+            name: choose_questions(shard, chosen=SETS[name], count=count, seed=seed, without=leaks[name])
+            for name, count in wanted.items()
         }
     if not any(questions.values()):
         raise DataError(f"{pictures} holds no captions in both languages for {', '.join(wanted)}; take data/emoji.tar")
@@ -128,7 +131,7 @@ def retrieval_benchmark(
         **_circumstances(pipe, pictures=pictures, prompts=prompts, seed=seed, sampling=sampling),
         "retrieval": retrieval.figures,
         "image_tokenizer": codec,
-        "notes": _notes(questions, wanted=wanted),
+        "notes": _notes(questions, wanted=wanted, leaks=leaks),
         "seconds": {name: round(value, 1) for name, value in seconds.parts.items()},
     }
     images = {**retrieval.sheets, "reconstructions": grid}
@@ -180,10 +183,14 @@ def _wanted(sets: Sequence[str], *, prompts: int) -> dict[str, int]:
     return {name: max(1, int(prompts * chosen.share)) for name, chosen in SETS.items() if name in sets}
 
 
-def _notes(questions: dict[str, list[Question]], *, wanted: dict[str, int]) -> list[str]:
+def _notes(
+    questions: dict[str, list[Question]], *, wanted: dict[str, int], leaks: dict[str, frozenset[str]]
+) -> list[str]:
     """What is smaller than it was meant to be."""
     notes = []
     for name, group in questions.items():
+        if leaks[name]:
+            notes.append(f"{name}: {len(leaks[name])} pictures of the shard were dropped: training has seen the same")
         if len(group) < wanted[name]:
             notes.append(
                 f"{name}: the shard holds {len(group)} prompts in both languages of the {wanted[name]} asked for"

@@ -1,6 +1,8 @@
 """Which captions are drawn, and which pictures the right one must be told from. All of it is fixed by a seed."""
 
+import hashlib
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mars.data.shards import Picture
@@ -9,6 +11,8 @@ LANGUAGES = ("en", "zh")
 CANDIDATES = 100
 POOL = 150
 """Pictures of a style that wrong candidates are chosen from; more would only cost time, as each needs features."""
+TRAINED_KINDS = ("name", "style", "tags", "scene")
+"""Kinds of captions that training may read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +45,49 @@ class Question:
     """Keys; the true picture is the first."""
 
 
-def choose_questions(shard: dict[str, Picture], *, chosen: PromptSet, count: int, seed: int) -> list[Question]:
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What training may have seen of a shard."""
+
+    pixels: frozenset[bytes]
+    """Digests."""
+    captions: frozenset[str]
+
+    @classmethod
+    def of(cls, pictures: Iterable[Picture]) -> "Seen":
+        """Of the pictures of the split `train`."""
+        trained = [picture for picture in pictures if picture.record.split == "train"]
+        captions = (caption for picture in trained for caption in picture.record.captions)
+        return cls(
+            pixels=frozenset(map(_pixels_digest, trained)),
+            captions=frozenset(caption.text for caption in captions if caption.kind in TRAINED_KINDS),
+        )
+
+    def leaks(self, shard: dict[str, Picture], *, chosen: PromptSet) -> frozenset[str]:
+        """Keys that a set must do without.
+
+        They are held out yet look like a trained picture pixel for pixel, or their paraphrase is a trained caption.
+        """
+        possible = _possible(shard, chosen=chosen)
+        if chosen.split != "train":
+            return frozenset(key for key in possible if _pixels_digest(shard[key]) in self.pixels)
+        if chosen.kind not in TRAINED_KINDS:
+            return frozenset(key for key, prompts in possible.items() if self.captions & set(prompts.values()))
+        return frozenset()
+
+
+def choose_questions(
+    shard: dict[str, Picture], *, chosen: PromptSet, count: int, seed: int, without: frozenset[str] = frozenset()
+) -> list[Question]:
     """At most `count` questions, at random over all styles; the same seed gives the same ones.
+
+    None is about a picture whose key is in `without` (see `Seen.leaks`).
 
     A candidate is any picture of the same style, of whatever split, that shows another concept, bears none of the
     question's texts as a caption, and is not pixel for pixel the true picture (Norway's flag is Svalbard's).
     """
     dice = random.Random(f"{seed}/{chosen.split}/{chosen.kind}")
-    possible = [key for key, picture in shard.items() if _prompts(picture, chosen=chosen).keys() == set(LANGUAGES)]
+    possible = [key for key in _possible(shard, chosen=chosen) if key not in without]
     keys = dice.sample(possible, min(count, len(possible)))
     pools = {}
     for style in sorted({shard[key].record.style for key in keys}):
@@ -63,6 +102,17 @@ def choose_questions(shard: dict[str, Picture], *, chosen: PromptSet, count: int
         wrong = dice.sample(pool, min(CANDIDATES - 1, len(pool)))
         questions.append(Question(key=key, prompts=prompts, candidates=(key, *wrong)))
     return questions
+
+
+def _pixels_digest(picture: Picture) -> bytes:
+    pixels = picture.pixels()
+    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
+
+
+def _possible(shard: dict[str, Picture], *, chosen: PromptSet) -> dict[str, dict[str, str]]:
+    """The prompts of each picture that has them in all languages, by key."""
+    prompts = {key: _prompts(picture, chosen=chosen) for key, picture in shard.items()}
+    return {key: found for key, found in prompts.items() if found.keys() == set(LANGUAGES)}
 
 
 def _prompts(picture: Picture, *, chosen: PromptSet) -> dict[str, str]:

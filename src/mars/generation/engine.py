@@ -43,7 +43,8 @@ def draw(
 ) -> Tensor:
     """Draws one code grid per request, all in one batch; (B, R, C) int64.
 
-    Prompts may differ in length. A row's codes depend on its own request alone.
+    Prompts may differ in length. A row's codes depend on its own request alone, up to rounding: products of other
+    shapes round differently.
 
     Raises:
         RequestError: if a prompt and its image do not fit into the LLM's positions.

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mars.checkpoint import load_into, read_json, read_tensors, save_image_tokenizer, save_tensors, write_json
+from mars.checkpoint import (
+    atomic_folder,
+    load_into,
+    read_tensors,
+    recover_folder,
+    save_image_tokenizer,
+    save_tensors,
+    write_json,
+)
 from mars.data.shards import read_pictures
 from mars.errors import ConfigError, DataError
 from mars.image_tokenizer.config import ImageTokenizerConfig
@@ -26,6 +35,7 @@ from mars.image_tokenizer.metrics import codebook_statistics, psnr
 from mars.image_tokenizer.model import ImageTokenizer, reconstruct
 from mars.image_tokenizer.quantizer import CodebookTrainer
 from mars.training.runlog import RunLog
+from mars.training.runstate import check_finite, read_state, write_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +46,7 @@ class TokenizerTrainingConfig:
     data: tuple[Path, ...]
     """Picture shards; the split `train` is trained on, all others are held out."""
     out: Path
+    """The tokenizer is in `last` in this folder, beside what a resumed run needs."""
     tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
     start_from: Path | None = None
     """A tokenizer to continue from, as a folder; null starts from nothing."""
@@ -153,39 +164,55 @@ class TokenizerTrainer:
             self.discriminator.parameters(), lr=config.learning_rate / 2, betas=(0.5, 0.9)
         )
         self.step = 0
-        if (config.out / "state.json").is_file():
+        self.last = config.out / "last"
+        recover_folder(self.last)
+        if self.last.is_dir():
             self._resume()
 
-    def train(self, notify: Callable[[str], None] = print) -> dict[str, float]:
-        """Trains to the last step, saves, and returns the held-out report."""
+    def train(
+        self, notify: Callable[[str], None] = print, *, progress: Callable[[int, int], None] | None = None
+    ) -> dict[str, float]:
+        """Trains to the last step, saves in `out/last`, and returns the held-out report.
+
+        Args:
+            notify: called with a line for each report, and without `progress` for every 25 steps.
+            progress: called after each step with how many are done and how many there are.
+
+        Raises:
+            TrainingError: if a loss or the gradients are not finite; what was saved last stays.
+        """
         config = self.config
         pictures, held_out = load_pictures(config.data)
-        log = RunLog(config.out, step=self.step)
         started = time.perf_counter()
-        while self.step < config.steps:
-            losses = self.train_step(pictures)
-            self.step += 1
-            if self.step % 25 == 0:
-                pace = 25 / (time.perf_counter() - started)
-                started = time.perf_counter()
-                log.write(self.step, {**losses, "steps_per_second": pace})
-                left = (config.steps - self.step) / pace / 60
-                notify(
-                    f"step {self.step}/{config.steps} loss {losses['loss']:.4f} {pace:.2f} steps/s {left:.0f} min left"
-                )
-            if self.step % config.report_every == 0:
-                report = evaluate_tokenizer(self.tokenizer, held_out[:256])
-                log.write(self.step, {f"held_out_{name}": value for name, value in report.items()})
-                notify("  ".join(f"{name} {value:.3f}" for name, value in report.items()))
-                reconstruction_grid(self.tokenizer, held_out).save(config.out / "reconstructions.png")
-                started = time.perf_counter()
-            if self.step % config.save_every == 0 or self.step == config.steps:
-                self.save()
-        report = evaluate_tokenizer(self.tokenizer, held_out, perceptual=self.perceptual)
-        reconstruction_grid(self.tokenizer, held_out).save(config.out / "reconstructions.png")
-        write_json(config.out / "report.json", {**report, "held_out_pictures": len(held_out), "steps": self.step})
-        log.close()
-        return report
+        with closing(RunLog(config.out, step=self.step)) as log:
+            while self.step < config.steps:
+                losses = self.train_step(pictures)
+                self.step += 1
+                if progress is not None:
+                    progress(self.step, config.steps)
+                if self.step % 25 == 0:
+                    pace = 25 / (time.perf_counter() - started)
+                    started = time.perf_counter()
+                    log.write(self.step, {**losses, "steps_per_second": pace})
+                    if progress is None:
+                        notify(self._line(losses["loss"], pace=pace))
+                if self.step % config.report_every == 0:
+                    report = evaluate_tokenizer(self.tokenizer, held_out[:256])
+                    log.write(self.step, {f"held_out_{name}": value for name, value in report.items()})
+                    notify("  ".join(f"{name} {value:.3f}" for name, value in report.items()))
+                    reconstruction_grid(self.tokenizer, held_out).save(config.out / "reconstructions.png")
+                    started = time.perf_counter()
+                if self.step % config.save_every == 0 or self.step == config.steps:
+                    self.save()
+            report = evaluate_tokenizer(self.tokenizer, held_out, perceptual=self.perceptual)
+            reconstruction_grid(self.tokenizer, held_out).save(config.out / "reconstructions.png")
+            write_json(config.out / "report.json", {**report, "held_out_pictures": len(held_out), "steps": self.step})
+            return report
+
+    def _line(self, loss: float, *, pace: float) -> str:
+        """Where the run is; `pace` in steps per second."""
+        step, steps = self.step, self.config.steps
+        return f"step {step}/{steps} loss {loss:.4f} {pace:.2f} steps/s {(steps - step) / pace / 60:.0f} min left"
 
     def train_step(self, pictures: Tensor) -> dict[str, float]:
         """One step on uint8 pictures (N, 3, height, width); returns its losses."""
@@ -213,33 +240,38 @@ class TokenizerTrainer:
             loss = loss + parts["adversarial"]
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0)
+        losses = {"loss": float(loss.detach())} | {name: float(part.detach()) for name, part in parts.items()}
+        check_finite({**losses, "gradient_norm": float(norm)}, step=self.step, last=self.last)
         self.optimizer.step()
-        return {"loss": float(loss.detach())} | {name: float(part.detach()) for name, part in parts.items()}
+        return losses
 
     def save(self) -> None:
-        """Writes the tokenizer, and beside it what a resumed run needs."""
-        out = self.config.out
+        """Replaces `out/last` by the tokenizer and what a resumed run needs."""
         state = {f"codebook.{name}": tensor for name, tensor in self.codebook.state().items()}
         state |= {f"discriminator.{name}": tensor for name, tensor in self.discriminator.state_dict().items()}
         state["generator"] = self.generator.get_state()
         for label, optimizer in (("optimizer", self.optimizer), ("critic", self.discriminator_optimizer)):
             for index, slots in optimizer.state_dict()["state"].items():
                 state |= {f"{label}.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
-        save_image_tokenizer(out, self.tokenizer)
-        save_tensors(out / "state.safetensors", state)
-        write_json(out / "state.json", {"step": self.step})
+        with atomic_folder(self.last) as folder:
+            save_image_tokenizer(folder, self.tokenizer)
+            save_tensors(folder / "state.safetensors", state)
+            write_state(folder, step=self.step, fixed=self._fixed())
+
+    def _fixed(self) -> dict[str, int | str]:
+        return {"seed": self.config.seed, "batch_size": self.config.batch_size}
 
     def _resume(self) -> None:
-        out = self.config.out
-        load_into(self.tokenizer, read_tensors(out / "image_tokenizer.safetensors"), where=str(out))
-        state = read_tensors(out / "state.safetensors")
+        step = read_state(self.last, fixed=self._fixed())
+        load_into(self.tokenizer, read_tensors(self.last / "image_tokenizer.safetensors"), where=str(self.last))
+        state = read_tensors(self.last / "state.safetensors")
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
         self.codebook.load_state(part("codebook."))
-        load_into(self.discriminator, part("discriminator."), where=str(out))
+        load_into(self.discriminator, part("discriminator."), where=str(self.last))
         self.generator.set_state(state["generator"])
         for label, optimizer in (("optimizer.", self.optimizer), ("critic.", self.discriminator_optimizer)):
             slots: dict[int, dict[str, Tensor]] = {}
@@ -247,7 +279,7 @@ class TokenizerTrainer:
                 index, slot = name.split(".")
                 slots.setdefault(int(index), {})[slot] = value
             optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
-        self.step = int(read_json(out / "state.json")["step"])
+        self.step = step
 
     def _rate(self) -> float:
         """Warm-up, then a cosine to 2 %."""
@@ -293,6 +325,7 @@ class TokenizerTrainer:
         judged = discriminator_loss(self.discriminator(images), self.discriminator(rebuilt.detach()))
         self.discriminator_optimizer.zero_grad(set_to_none=True)
         judged.backward()
+        check_finite({"the discriminator's loss": float(judged.detach())}, step=self.step, last=self.last)
         self.discriminator_optimizer.step()
         fooled: Tensor = -self.discriminator(rebuilt).mean()
         balance = adversarial_weight(reconstruction, fooled, self.tokenizer.decoder.last_weight)

@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -16,12 +17,10 @@ from mars.checkpoint import (
     copy_tensors,
     load_image_tokenizer,
     read_info,
-    read_json,
     read_tensors,
     recover_folder,
     save_model,
     save_tensors,
-    write_json,
 )
 from mars.data.loader import Loader, Sample
 from mars.errors import CheckpointError, ConfigError
@@ -32,6 +31,7 @@ from mars.sequence.text import CAPTION_HINTS, TextTokenizer
 from mars.training.losses import PrefixStore, begin_image_loss, captioning_loss, text_to_image_loss
 from mars.training.optim import build_optimizers, rate_at
 from mars.training.runlog import RunLog
+from mars.training.runstate import check_finite, read_state, write_state
 from mars.training.stages import StageConfig
 
 Sampler = Callable[[Path, Sequence[str]], Image.Image]
@@ -94,34 +94,37 @@ class Trainer:
     def train(self, *, report: Report | None = None, sampler: Sampler | None = None) -> None:
         """Trains to the last step and saves the model in `out/last` (fp32, resumable) and `out/model` (fp16)."""
         config = self.config
-        log = RunLog(config.out, step=self.step)
         started, images, kept = time.perf_counter(), 0, dict[str, list[float]]()
-        while self.step < config.steps:
-            losses = self.train_step()
-            self.step += 1
-            images += config.batch_size
-            for name, value in losses.items():
-                kept.setdefault(name, []).append(value)
-            if self.step % config.report_every == 0:
-                seconds = time.perf_counter() - started
-                means = {name: sum(values) / len(values) for name, values in kept.items()}
-                places = self.info.grids[0][0] * self.info.grids[0][1]
-                means |= {"images_per_second": images / seconds, "tokens_per_second": images * places / seconds}
-                log.write(self.step, means)
-                if report is not None:
-                    report(self.step, means)
-                started, images, kept = time.perf_counter(), 0, {}
-            samples = sampler is not None and self.step % config.sample_every == 0
-            if samples or self.step % config.save_every == 0 or self.step == config.steps:
-                self.save()
-            if sampler is not None and samples:
-                self._sample(sampler, log)
-        with atomic_folder(config.out / "model") as folder:
-            save_model(folder, info=self.info, transformer=self.transformer, image_tokenizer=self.image_tokenizer)
-        log.close()
+        with closing(RunLog(config.out, step=self.step)) as log:
+            while self.step < config.steps:
+                losses = self.train_step()
+                self.step += 1
+                images += config.batch_size
+                for name, value in losses.items():
+                    kept.setdefault(name, []).append(value)
+                if self.step % config.report_every == 0:
+                    seconds = time.perf_counter() - started
+                    means = {name: sum(values) / len(values) for name, values in kept.items()}
+                    places = self.info.grids[0][0] * self.info.grids[0][1]
+                    means |= {"images_per_second": images / seconds, "tokens_per_second": images * places / seconds}
+                    log.write(self.step, means)
+                    if report is not None:
+                        report(self.step, means)
+                    started, images, kept = time.perf_counter(), 0, {}
+                samples = sampler is not None and self.step % config.sample_every == 0
+                if samples or self.step % config.save_every == 0 or self.step == config.steps:
+                    self.save()
+                if sampler is not None and samples:
+                    self._sample(sampler, log)
+            with atomic_folder(config.out / "model") as folder:
+                save_model(folder, info=self.info, transformer=self.transformer, image_tokenizer=self.image_tokenizer)
 
     def train_step(self) -> dict[str, float]:
-        """One step; a function of the weights and the step's number alone. Returns its losses."""
+        """One step; a function of the weights and the step's number alone. Returns its losses.
+
+        Raises:
+            TrainingError: if a loss or the gradients are not finite; the weights have not moved then.
+        """
         config = self.config
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
         samples = self.loader.batch(self.step * config.batch_size, config.batch_size)
@@ -143,9 +146,11 @@ class Trainer:
         loss.backward()
         trained = list(self.transformer.visual_tensors().values())
         norm = torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip)
+        values = {name: float(value.detach()) for name, value in losses.items()} | {"gradient_norm": float(norm)}
+        check_finite(values, step=self.step, last=config.out / "last")
         for optimizer in self.optimizers:
             optimizer.step()
-        return {name: float(value.detach()) for name, value in losses.items()} | {"gradient_norm": float(norm)}
+        return values
 
     def _text_to_image(self, samples: list[Sample], codes_BRC: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         dropped = torch.rand(len(samples), generator=generator) < self.config.guidance_dropout
@@ -180,7 +185,17 @@ class Trainer:
                 for name, value in state.items()
             }
             save_tensors(folder / "optimizer.safetensors", slots)
-            write_json(folder / "state.json", {"step": self.step, "optimizer": self.config.optimizer.name})
+            write_state(folder, step=self.step, fixed=self._fixed())
+
+    def _fixed(self) -> dict[str, int | str]:
+        """What decides the samples of each step; steps, rates and shares may change in a run that is continued."""
+        return {
+            "optimizer": self.config.optimizer.name,
+            "seed": self.config.seed,
+            "batch_size": self.config.batch_size,
+            "image_tokenizer": self.loader.image_tokenizer,
+            "pictures": len(self.loader),
+        }
 
     def _load_visual(self, folder: Path) -> None:
         info, shapes = read_info(folder)
@@ -196,14 +211,7 @@ class Trainer:
 
     def _resume(self) -> None:
         folder = self.config.out / "last"
-        state = read_json(folder / "state.json")
-        wanted, optimizer_name = self.config.optimizer.name, state.get("optimizer", self.config.optimizer.name)
-        if optimizer_name != wanted:
-            raise CheckpointError(
-                f"{folder} was trained with {optimizer_name}, not {wanted}; start anew with --set out=DIR"
-            )
-        if not isinstance(state.get("step"), int):
-            raise CheckpointError(f"{folder / 'state.json'} must hold the step, got {state.get('step')!r}")
+        step = read_state(folder, fixed=self._fixed())
         self._load_visual(folder)
         slots: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
         for key, value in read_tensors(folder / "optimizer.safetensors").items():
@@ -211,7 +219,7 @@ class Trainer:
             slots[int(number)].setdefault(int(index), {})[name] = value
         for optimizer, values in zip(self.optimizers, slots, strict=True):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": values})
-        self.step = state["step"]
+        self.step = step
 
     def _sample(self, sampler: Sampler, log: RunLog) -> None:
         """Draws with what was just saved."""
