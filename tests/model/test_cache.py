@@ -29,6 +29,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "last layer": {"visual_layers": (2,)},
     "subset, grid, own norms": {"visual_layers": (1,), "grid_embedding": True, "share_norms": False},
     "narrow": NARROW,
+    "head norms": {"head_norms": True, "init": "random"},
+    "narrow, head norms, subset": {**NARROW, "head_norms": True, "visual_layers": (1, 2)},
     "narrow, subset, grid": {**NARROW, "visual_layers": (0, 2), "grid_embedding": True},
 }
 TEXTS = [[3, 1, 4, 1, 5], [9, 2], [6]]

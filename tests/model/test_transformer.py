@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mars.errors import ConfigError
+from mars.model.config import LanguageConfig, ModelConfig, SemVIEConfig
 from mars.model.language_tensors import hub_name
+from mars.model.semvie import SemVIELayer
 from mars.model.transformer import MarsTransformer, is_language
 from mars.sequence.layout import IGNORE, Modality, Segment, drawn_image, read_image, text_segment, written_text
 
@@ -250,3 +253,27 @@ def test_the_pieces_are_named_as_checkpoints_name_them(build: Build) -> None:
     names = build(language={"tied_embeddings": False}).state_dict().keys()
     assert {"language_embedding.weight", "language_norm.weight", "language_head.weight", "visual_head.weight"} <= names
     assert {"layers.0.language.q_proj.weight", "layers.2.visual.down_proj.weight"} <= names
+
+
+@torch.no_grad()
+def test_head_norms_start_at_the_scale_of_text(build: Build) -> None:
+    transformer = build(start=True, head_norms=True, init="random", share_norms=False)
+    cache = transformer.new_cache()
+    transformer(text_segment([list(range(1, 17))] * 2), cache)
+    for index, layer in enumerate(transformer.layers):
+        assert isinstance(layer, SemVIELayer)
+        assert layer.visual is not None
+        values = cache.values[index]
+        assert values is not None
+        size = float(values.square().mean().sqrt())
+        images = layer.visual.v_norm(torch.randn(50, transformer.config.language.head_width))
+        assert 0.5 * size < float(images.square().mean().sqrt()) < 2 * size
+
+
+def test_head_norms_cannot_be_copied() -> None:
+    language = LanguageConfig(
+        vocab_size=8, width=8, num_layers=1, num_heads=2, num_kv_heads=1, head_width=4, ffn=8, rope_theta=1e4,
+        norm_eps=1e-5, max_positions=16, tied_embeddings=True,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="set init = 'random'"):
+        ModelConfig(language=language, semvie=SemVIEConfig(head_norms=True))

@@ -3,13 +3,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mars.model.config import LanguageConfig, ModelConfig
 from mars.model.language_tensors import language_shapes
 from mars.model.transformer import MarsTransformer, build_transformer, read_prefixes
 from mars.sequence.layout import drawn_image, read_image, text_segment
-from mars.training.losses import PrefixStore, begin_image_loss, captioning_loss, text_to_image_loss
+from mars.training.losses import Neighbours, PrefixStore, begin_image_loss, captioning_loss, text_to_image_loss
 
 ROWS = [[1, 40, 41, 42], [1], [1, 50, 51], [1, 40, 41, 42]]
 CODES = torch.arange(24).view(4, 2, 3)
@@ -116,3 +117,26 @@ def test_a_caption_leaves_the_same_prefix_whatever_is_read_beside_it() -> None:
     together = fresh.get(rows)
     for row, wanted in zip(rows, together, strict=True):
         assert torch.equal(resumed.get([row])[0].keys, wanted.keys)
+
+
+def test_a_code_without_neighbours_is_plain_cross_entropy() -> None:
+    logits, codes = torch.randn(20, 12), torch.randint(12, (20,))
+    alone = Neighbours(torch.randn(12, 3), count=1, spread=3.0)
+    torch.testing.assert_close(alone.loss(logits, codes), F.cross_entropy(logits, codes))
+
+
+def test_neighbours_share_a_target_by_their_distance() -> None:
+    book, logits, codes = torch.randn(12, 3), torch.randn(20, 12), torch.randint(12, (20,))
+    neighbours = Neighbours(book, count=5, spread=2.0)
+    square = torch.cdist(book, book).square()
+    unit = square.sort(dim=1).values[:, 1].median()
+    near = square <= square.sort(dim=1).values[:, 4:5]
+    targets = torch.where(near, torch.exp(-square / (2 * unit)), 0)
+    targets = targets / targets.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(neighbours.loss(logits, codes), F.cross_entropy(logits, targets[codes]))
+    assert neighbours.codes_VK[:, 0].tolist() == list(range(12))
+
+
+def test_as_many_neighbours_as_codes_are_enough() -> None:
+    neighbours = Neighbours(torch.randn(4, 3), count=64, spread=2.0)
+    assert neighbours.codes_VK.shape == (4, 4)

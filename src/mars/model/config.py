@@ -72,6 +72,9 @@ class SemVIEConfig:
     """Which layers have a visual expert; null is all. Image positions skip the others."""
     init: str = "copy"
     """`copy` starts the visual expert from the LLM's weights (needs equal widths), `random` does not."""
+    head_norms: bool = False
+    """Ours: norms of the visual expert's queries, keys and values per head, started at the scale of the text's. The
+    values of a trained LLM are small; beside larger ones of images, the prompt would hardly be heard."""
     grid_embedding: bool = False
     """Ours: learned row and column embeddings added at image positions. A pocket model learns its grid sooner."""
     max_grid: int = 32
@@ -115,6 +118,8 @@ class ModelConfig:
                     f"semvie.duplicate_output = false needs visual_width {language.width}, got {self.visual_width}"
                 )
         narrow = self.visual_width != language.width or self.visual_ffn != language.ffn
+        if semvie.head_norms and semvie.init == "copy":
+            raise ConfigError("semvie.head_norms changes what copied weights mean; set init = 'random'")
         if narrow and semvie.init == "copy":
             raise ConfigError("semvie.init = 'copy' needs the LLM's widths; set init = 'random' for a narrower expert")
 

@@ -96,6 +96,7 @@ class Expert(nn.Module):
         eps: float,
         qkv_bias: bool,
         qk_norm: bool,
+        head_norms: bool = False,
         own_norms: bool = True,
         own_output: bool = True,
     ) -> None:
@@ -108,9 +109,12 @@ class Expert(nn.Module):
         self.q_proj = Linear(width, num_heads * head_width, bias=qkv_bias)
         self.k_proj = Linear(width, num_kv_heads * head_width, bias=qkv_bias)
         self.v_proj = Linear(width, num_kv_heads * head_width, bias=qkv_bias)
-        if own_norms and qk_norm:
+        self.head_norms = head_norms
+        if head_norms or (own_norms and qk_norm):
             self.q_norm = Norm(head_width, eps=eps)
             self.k_norm = Norm(head_width, eps=eps)
+        if head_norms:
+            self.v_norm = Norm(head_width, eps=eps)
         if own_output:
             self.o_proj = Linear(num_heads * head_width, width, bias=False)
         self.gate_proj = Linear(width, ffn, bias=False)

@@ -39,6 +39,7 @@ class SemVIELayer(nn.Module):
                 eps=language.norm_eps,
                 qkv_bias=language.qkv_bias,
                 qk_norm=language.qk_norm,
+                head_norms=semvie.head_norms,
                 own_norms=not semvie.share_norms,
                 own_output=semvie.duplicate_output,
             )
@@ -54,7 +55,9 @@ class SemVIELayer(nn.Module):
             return x_BTD
         norms = self.language if self.share_norms else expert
         q, k, v = expert.project(norms.attention_norm(x_BTD))
-        if self.qk_norm:
+        if expert.head_norms:
+            q, k, v = expert.q_norm(q), expert.k_norm(k), expert.v_norm(v)
+        elif self.qk_norm:
             q, k = norms.q_norm(q), norms.k_norm(k)
         keys, values = cache.extend(self.index, rotate(k, rotary), v)
         mixed = attend(rotate(q, rotary), keys, values, mask)

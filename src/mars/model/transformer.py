@@ -209,6 +209,24 @@ def start_visual(
                 weight.copy_(wanted[name])
         else:
             _start_random(visual, generator)
+    if config.semvie.head_norms:
+        _start_head_norms(transformer, generator)
+
+
+def _start_head_norms(transformer: MarsTransformer, generator: torch.Generator) -> None:
+    """Keys and values of images start as large as those of text, measured on random ids after each row's first (which
+    LLMs use as a sink); queries so that scores, whose deviation is the product of both, start at 1."""
+    ids = torch.randint(transformer.config.language.vocab_size, (8, 32), generator=generator)
+    cache = transformer.new_cache()
+    transformer(Segment(modality=Modality.TEXT, ids=ids), cache)
+    for layer in transformer.layers:
+        assert isinstance(layer, SemVIELayer)
+        keys, values = cache.keys[layer.index], cache.values[layer.index]
+        if layer.visual is not None and keys is not None and values is not None:
+            key_size, value_size = (float(found[:, :, 1:].square().mean().sqrt()) for found in (keys, values))
+            layer.visual.q_norm.weight.fill_(1 / key_size)
+            layer.visual.k_norm.weight.fill_(key_size)
+            layer.visual.v_norm.weight.fill_(value_size)
 
 
 def _project(codebook_VZ: Tensor, width: int, generator: torch.Generator) -> Tensor:

@@ -86,6 +86,10 @@ class StageConfig:
     """Share of the captions that are emptied, so that the model can draw without a prompt."""
     special_weight: float = 0.1
     """Weight of the loss that teaches text when to begin an image."""
+    neighbours: int = 1
+    """Codes that share a target because they look alike (see `losses.Neighbours`); 1 is plain cross-entropy."""
+    neighbour_spread: float = 3.0
+    """How far a share reaches, as a multiple of the usual squared distance between nearest codes."""
     prefix_gib: float = 3.0
     """Memory for the keys and values of captions, which no step can change."""
     seed: int = 0

@@ -28,7 +28,7 @@ from mars.model.base_llm import open_base_llm
 from mars.model.config import ModelConfig
 from mars.model.transformer import build_transformer, start_visual
 from mars.sequence.text import CAPTION_HINTS, TextTokenizer
-from mars.training.losses import PrefixStore, begin_image_loss, captioning_loss, text_to_image_loss
+from mars.training.losses import Neighbours, PrefixStore, begin_image_loss, captioning_loss, text_to_image_loss
 from mars.training.optim import build_optimizers, rate_at
 from mars.training.runlog import RunLog
 from mars.training.runstate import check_finite, read_state, write_state
@@ -82,6 +82,9 @@ class Trainer:
         )
         visual = self.transformer.visual_tensors()
         self.optimizers = build_optimizers(((name, visual[name]) for name in sorted(visual)), config.optimizer)  # type: ignore[misc]
+        self.neighbours: Neighbours | None = None
+        if config.neighbours > 1:
+            self.neighbours = Neighbours(codebook_VZ, count=config.neighbours, spread=config.neighbour_spread)
         self.prefixes = PrefixStore(self.transformer, gib=config.prefix_gib)
         self.ids: dict[str, list[int]] = {}
         self.step = 0
@@ -159,7 +162,7 @@ class Trainer:
         rows = [[bos, *self._encode(text)] for text in texts]
         prefixes = self.prefixes.get(rows)
         return {
-            "loss": text_to_image_loss(self.transformer, codes_BRC, prefixes),
+            "loss": text_to_image_loss(self.transformer, codes_BRC, prefixes, neighbours=self.neighbours),
             "special_loss": begin_image_loss(self.transformer, prefixes),
         }
 
