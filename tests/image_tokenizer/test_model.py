@@ -43,7 +43,8 @@ def diffusers_twin() -> Callable[[ImageTokenizer], Any]:
             norm_num_groups=config.norm_groups,
             mid_block_add_attention=config.middle_attention,
         )
-        state = {diffusers_name(name, levels): tensor for name, tensor in ours.state_dict().items()}
+        weights = dict(ours.named_parameters())  # without the bias of codes, which is 0 here and unknown there
+        state = {diffusers_name(name, levels): tensor for name, tensor in weights.items()}
         wanted = model.state_dict()
         assert state.keys() == wanted.keys()
         model.load_state_dict({name: tensor.reshape(wanted[name].shape) for name, tensor in state.items()})

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from mars.image_tokenizer.config import ImageTokenizerConfig
-from mars.image_tokenizer.quantizer import CodebookTrainer, Quantizer, kmeans
+from mars.image_tokenizer.metrics import codebook_statistics
+from mars.image_tokenizer.quantizer import CodebookTrainer, Quantizer, kmeans, rate_bias
 
 
 def quantizer(choice: str = "l2", *, num_codes: int = 16, code_width: int = 4) -> Quantizer:
@@ -185,3 +186,30 @@ def test_training_the_codebook_builds_no_graph() -> None:
     trainer.update(vectors, model.encode(vectors), generator=generator())
     assert not trainer.sums_VZ.requires_grad
     assert model.embedding.weight.grad is None
+
+
+@torch.no_grad()
+def test_a_rate_lowers_the_entropy_of_codes_and_raises_the_error() -> None:
+    config = ImageTokenizerConfig(num_codes=32, code_width=3, channels=(32,))
+    quantizer = Quantizer(config)
+    quantizer.embedding.weight.data.normal_()
+    vectors = torch.randn(4000, 3) * torch.tensor([1.0, 0.3, 0.3])
+    entropies, errors = [], []
+    for rate in (0.0, 0.1, 0.3, 1.0):
+        quantizer.bias.copy_(rate_bias(quantizer, vectors, rate=rate))
+        codes = quantizer.encode(vectors)
+        entropies.append(codebook_statistics(codes, 32)["perplexity"])
+        errors.append(float((vectors - quantizer.decode(codes)).square().sum(dim=1).mean()))
+    assert entropies == sorted(entropies, reverse=True)
+    assert errors == sorted(errors)
+    assert entropies[-1] < 0.5 * entropies[0]
+
+
+def test_the_bias_is_the_surprise_of_a_code_at_the_given_rate() -> None:
+    config = ImageTokenizerConfig(num_codes=2, code_width=1, channels=(32,))
+    quantizer = Quantizer(config)
+    quantizer.embedding.weight.data.copy_(torch.tensor([[-10.0], [10.0]]))
+    vectors = torch.tensor([[-10.0]] * 30 + [[10.0]] * 10)
+    torch.testing.assert_close(
+        rate_bias(quantizer, vectors, rate=2.0), 2 * torch.tensor([0.75, 0.25]).log(), atol=0.01, rtol=0
+    )

@@ -11,13 +11,19 @@ from mars.image_tokenizer.config import ImageTokenizerConfig
 
 
 class Quantizer(nn.Module):
-    """Chooses the code of each vector; `embedding` is the codebook (V, Z)."""
+    """Chooses the code of each vector; `embedding` is the codebook (V, Z).
+
+    `bias` (V,) is added to a code's score. It is 0, which chooses the nearest code, until `rate_bias` sets it.
+    """
+
+    bias: Tensor
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         self.choice = config.code_choice
         self.embedding = nn.Embedding(config.num_codes, config.code_width)
         nn.init.uniform_(self.embedding.weight, -1 / config.num_codes, 1 / config.num_codes)
+        self.register_buffer("bias", torch.zeros(config.num_codes))
         if self.choice == "lfq":  # code i is the signs of the bits of i, lowest bit first: nothing is learned
             bits = torch.arange(config.num_codes)[:, None] >> torch.arange(config.code_width) & 1
             self.embedding.weight.requires_grad_(False).copy_(bits * 2.0 - 1)
@@ -33,12 +39,30 @@ class Quantizer(nn.Module):
         score_NV = vectors_NZ @ book_VZ.T
         if self.choice == "l2":  # |v - b|^2 = |v|^2 - 2 v b + |b|^2, and |v|^2 is the same for all codes
             score_NV = 2 * score_NV - book_VZ.square().sum(dim=1)
-        return score_NV.argmax(dim=1)
+        return (score_NV + self.bias).argmax(dim=1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """The codebook vector of each code, (..., Z)."""
         vectors: Tensor = self.embedding(codes)
         return F.normalize(vectors, dim=-1) if self.choice == "cosine" else vectors
+
+
+@torch.no_grad()
+def rate_bias(quantizer: Quantizer, vectors_NZ: Tensor, *, rate: float, iterations: int = 8) -> Tensor:
+    """The bias (V,) that trades error for entropy: entropy-constrained quantization (Chou, Lookabaugh and Gray 1989).
+
+    A code is chosen by its squared distance plus `rate` times its surprise in nats. Of codes that look alike the common
+    one is then taken, so that a sequence model has less to learn. `vectors_NZ` should be many and typical.
+    """
+    book_VZ = quantizer.embedding.weight
+    bias_V = torch.zeros(len(book_VZ))
+    for _ in range(iterations):
+        counts_V = torch.full((len(book_VZ),), 0.05)
+        for chunk_NZ in vectors_NZ.split(8192):
+            score_NV = 2 * chunk_NZ @ book_VZ.T - book_VZ.square().sum(dim=1) + bias_V
+            counts_V += torch.bincount(score_NV.argmax(dim=1), minlength=len(book_VZ))
+        bias_V = rate * (counts_V / counts_V.sum()).log()
+    return bias_V
 
 
 class CodebookTrainer:
