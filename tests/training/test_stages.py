@@ -1,12 +1,17 @@
 import math
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mars.config import from_dict, to_dict
+from mars.checkpoint import codes_digest, load_image_tokenizer
+from mars.config import from_dict, load_config, to_dict
+from mars.data.shards import read_codes
 from mars.errors import ConfigError
 from mars.training.stages import StageConfig
+from mars.training.tokenizer_trainer import TokenizerTrainingConfig
 
 
 def test_a_stage_survives_a_round_trip(stage: Callable[..., dict[str, Any]]) -> None:
@@ -78,3 +83,21 @@ def test_a_wrong_optimizer_is_one_line(stage: Callable[..., dict[str, Any]], nam
 def test_values_that_no_run_can_use_are_refused(stage: Callable[..., dict[str, Any]], changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         from_dict(StageConfig, stage(**changes))
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_configuration_that_comes_along_loads(path: Path) -> None:
+    stage = tomllib.loads(path.read_text("utf-8"))["stage"]
+    load_config(TokenizerTrainingConfig if stage == "tokenizer" else StageConfig, path)
+
+
+def test_the_codes_that_come_along_are_those_of_the_image_tokenizer_that_does() -> None:
+    config = load_config(StageConfig, ROOT / "configs" / "mini-pretrain.toml")
+    tokenizer, _ = load_image_tokenizer(ROOT / config.model.image_tokenizer)
+    for shard in config.data.shards:
+        coded, digest = read_codes(ROOT / shard)
+        assert digest == codes_digest(tokenizer)
+        assert {item.record.split for item in coded} > {"train"}

@@ -99,6 +99,30 @@ def test_a_whole_run_leaves_a_tokenizer_a_report_and_a_grid(table: dict[str, Any
     assert evaluate_tokenizer(tokenizer, held_out) == pytest.approx(report)
 
 
+def test_a_decoder_can_learn_codes_of_less_entropy(table: dict[str, Any], tmp_path: Path) -> None:
+    first = TokenizerTrainer(config_of(table))
+    pictures, held_out = load_pictures(first.config.data)
+    steps(first, 5, pictures)
+    book = first.tokenizer.quantizer.embedding.weight.detach()
+    book.copy_(first.tokenizer.to_vectors(pictures[:16].float() / 255).detach().permute(0, 2, 3, 1).flatten(0, 2)[:16])
+    first.save()
+    before = evaluate_tokenizer(first.tokenizer, held_out)
+    config = config_of(
+        table,
+        decoder_only=True,
+        code_rate=1000.0,
+        start_from=str(tmp_path / "run" / "last"),
+        out=str(tmp_path / "decoder"),
+        steps=2,
+    )
+    report = TokenizerTrainer(config).train(lambda line: None)
+    assert report["perplexity"] < 0.9 * before["perplexity"]
+    tokenizer, _ = load_image_tokenizer(tmp_path / "decoder" / "last")
+    assert evaluate_tokenizer(tokenizer, held_out)["perplexity"] == pytest.approx(report["perplexity"])
+    with pytest.raises(ConfigError, match="code_rate must be 0, or greater together with decoder_only"):
+        config_of(table, code_rate=1.0)
+
+
 def test_training_the_decoder_alone_keeps_every_code(table: dict[str, Any], tmp_path: Path) -> None:
     first = TokenizerTrainer(config_of(table))
     pictures, _ = load_pictures(first.config.data)

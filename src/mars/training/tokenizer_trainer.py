@@ -33,9 +33,12 @@ from mars.image_tokenizer.losses import (
 )
 from mars.image_tokenizer.metrics import codebook_statistics, psnr
 from mars.image_tokenizer.model import ImageTokenizer, reconstruct
-from mars.image_tokenizer.quantizer import CodebookTrainer
+from mars.image_tokenizer.quantizer import CodebookTrainer, rate_bias
 from mars.training.runlog import RunLog
 from mars.training.runstate import check_finite, read_state, write_state
+
+RATE_PICTURES = 2048
+"""Pictures on which it is measured how common codes are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,9 @@ class TokenizerTrainingConfig:
     """A tokenizer to continue from, as a folder; null starts from nothing."""
     decoder_only: bool = False
     """Keep the encoder and the codebook, so that codes stay what they are."""
+    code_rate: float = 0.0
+    """Squared distance per nat by which common codes are preferred (`quantizer.rate_bias`); the decoder then learns to
+    draw what these lose, so this needs decoder_only. 0 takes the nearest code."""
     steps: int
     batch_size: int = 32
     crop: int = 64
@@ -88,6 +94,8 @@ class TokenizerTrainingConfig:
             raise ConfigError(f"quantize_from must be at least 0, got {self.quantize_from}")
         if self.tokenizer.code_choice == "lfq" and not self.decoder_only:
             raise ConfigError("tokenizer.code_choice = 'lfq' has a codebook that is not trained; train another choice")
+        if self.code_rate < 0 or (self.code_rate and not self.decoder_only):
+            raise ConfigError(f"code_rate must be 0, or greater together with decoder_only, got {self.code_rate}")
         if self.decoder_only and self.start_from is None:
             raise ConfigError("decoder_only needs start_from, the tokenizer whose codes are kept")
 
@@ -183,6 +191,8 @@ class TokenizerTrainer:
         """
         config = self.config
         pictures, held_out = load_pictures(config.data)
+        if config.code_rate and self.step == 0:
+            self._set_rate(pictures)
         started = time.perf_counter()
         with closing(RunLog(config.out, step=self.step)) as log:
             while self.step < config.steps:
@@ -300,6 +310,14 @@ class TokenizerTrainer:
             for index, top, left in zip(chosen, tops, lefts, strict=True)
         ]
         return (torch.stack(crops).float() / 255).contiguous(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def _set_rate(self, pictures: Tensor) -> None:
+        """Measures how common codes are on whole pictures, and prefers the common ones from now on."""
+        chosen = torch.randperm(len(pictures), generator=self.generator)[:RATE_PICTURES]
+        chunks = [self.tokenizer.to_vectors(pictures[some].float() / 255) for some in chosen.split(64)]
+        flat_NZ = torch.cat(chunks).permute(0, 2, 3, 1).flatten(0, 2)
+        self.tokenizer.quantizer.bias.copy_(rate_bias(self.tokenizer.quantizer, flat_NZ, rate=self.config.code_rate))
 
     @torch.no_grad()
     def _start_codebook(self, pictures: Tensor) -> None:
