@@ -212,3 +212,9 @@ def test_a_transparent_picture_lies_on_white(pipe: MarsPipeline) -> None:
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK", "I;16", "I", "F"])
 def test_a_picture_of_any_mode_becomes_codes(pipe: MarsPipeline, mode: str) -> None:
     assert pipe.encode(Image.new(mode, (48, 32))).shape == (2, 3)
+
+
+def test_a_package_without_a_model_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mars.pipeline.SHIPPED", tmp_path)
+    with pytest.raises(ModelError, match="no model comes with this version; train one with"):
+        MarsPipeline.from_pretrained()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import mars
 from mars.checkpoint import MarsModel, load_model
-from mars.errors import PromptError, RequestError
+from mars.errors import ModelError, PromptError, RequestError
 from mars.generation.engine import DrawRequest, Progress, continue_text, draw
 from mars.generation.sampling import Sampling
 from mars.model.language_tensors import tensors_digest
@@ -70,6 +70,10 @@ class MarsPipeline:
             ModelError: if there is no such model, or its LLM cannot be found.
             CheckpointError: if a file is damaged or does not fit.
         """
+        if source is None and not (SHIPPED / "visual.safetensors").is_file():
+            raise ModelError(
+                "no model comes with this version; train one with `mars train configs/mini-pretrain.toml` and name it"
+            )
         return cls(load_model(Path(source) if source is not None else SHIPPED, notify=notify))
 
     @property
