@@ -80,6 +80,12 @@ def test_both_tasks_train_visual_tensors_only(transformer: MarsTransformer) -> N
     assert all(bool(writing[name].any()) for name in read_keys)
 
 
+def store_bytes(store: PrefixStore) -> int:
+    """Recounts what a store holds."""
+    held = [part for prefix in store.prefixes.values() for part in (prefix.keys, prefix.values, prefix.last_hidden)]
+    return sum(part.numel() * part.element_size() for part in held)
+
+
 def test_a_store_gives_the_loss_and_gradients_of_no_store(transformer: MarsTransformer) -> None:
     store = PrefixStore(transformer, gib=1)
     store.get([[1, 40], [1, 50, 51]])
@@ -91,7 +97,7 @@ def test_a_store_gives_the_loss_and_gradients_of_no_store(transformer: MarsTrans
         assert all(torch.allclose(found[name], right[name], rtol=1e-3, atol=1e-5) for name in right)
 
 
-def test_a_store_remembers_and_forgets_the_oldest_first(transformer: MarsTransformer) -> None:
+def test_a_store_remembers_and_forgets_the_least_used_first(transformer: MarsTransformer) -> None:
     store = PrefixStore(transformer, gib=1)
     first, again = store.get([ROWS[0]])[0], store.get([ROWS[2], ROWS[0]])[1]
     assert again is first
@@ -99,10 +105,24 @@ def test_a_store_remembers_and_forgets_the_oldest_first(transformer: MarsTransfo
     store = PrefixStore(transformer, gib=2.5 * one / 2**30)
     for start in range(40, 48):
         assert len(store.get([[1, start, start, start]])) == 1
+        if start > 40:
+            store.get([[1, 41, 41, 41]])
         assert store.held <= store.limit
-    assert (1, 47, 47, 47) in store.prefixes
-    assert (1, 40, 40, 40) not in store.prefixes
+    assert set(store.prefixes) == {(1, 41, 41, 41), (1, 47, 47, 47)}
+    assert store.held == store_bytes(store)
     assert len(PrefixStore(transformer, gib=0).get(ROWS)) == len(ROWS)
+
+
+def test_a_store_reads_ahead_what_fits_and_only_when_it_reads_at_all(transformer: MarsTransformer) -> None:
+    store = PrefixStore(transformer, gib=1)
+    store.get([ROWS[0]], ahead=ROWS[1:])
+    assert set(store.prefixes) == {tuple(row) for row in ROWS}
+    store.get([ROWS[0]], ahead=[[1, 55]])
+    assert (1, 55) not in store.prefixes
+    small = PrefixStore(transformer, gib=3 * store_bytes(store) / 2**30)
+    small.get([ROWS[0]], ahead=[[1, *range(20, 20 + length)] for length in range(1, 30)])
+    assert 1 < len(small.prefixes) < 29
+    assert small.held == store_bytes(small) <= small.limit
 
 
 def test_a_caption_leaves_the_same_prefix_whatever_is_read_beside_it() -> None:

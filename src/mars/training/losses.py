@@ -3,7 +3,7 @@
 Letters: B batch, T positions, D the LLM's width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 import torch
@@ -14,7 +14,7 @@ from mars.model.cache import Cache, Prefix
 from mars.model.transformer import MarsTransformer, read_prefixes
 from mars.sequence.layout import IGNORE, drawn_image, read_image, written_text
 
-ROWS, WIDTH = 8, 8
+ROWS, WIDTH = 16, 4
 """Captions are read `ROWS` at a time and padded to a multiple of `WIDTH` ids."""
 
 
@@ -22,7 +22,7 @@ class PrefixStore:
     """Keys and values of captions: while nothing visual is in the cache, they depend on nothing that is trained.
 
     Args:
-        gib: memory to use; the oldest are forgotten first.
+        gib: memory to use; those not asked for the longest are forgotten first.
     """
 
     def __init__(self, transformer: MarsTransformer, *, gib: float) -> None:
@@ -32,21 +32,50 @@ class PrefixStore:
         self.prefixes: dict[tuple[int, ...], Prefix] = {}
 
     @torch.no_grad()
-    def get(self, rows: Sequence[Sequence[int]]) -> list[Prefix]:
-        """The prefix of each row of ids; those not held are computed together."""
+    def get(self, rows: Sequence[Sequence[int]], *, ahead: Iterable[Sequence[int]] = ()) -> list[Prefix]:
+        """The prefix of each row of ids; those not held are computed together.
+
+        Args:
+            ahead: rows that will be asked for soon. Read along when something must be read at all, as far as they fit
+                into half of the memory: many captions of one length cost less than few of many lengths.
+        """
         keys = [tuple(row) for row in rows]
         found = {key: self.prefixes[key] for key in keys if key in self.prefixes}
-        missing = sorted({key for key in keys if key not in found}, key=len)
-        for _, group in groupby(missing, key=_padded):
-            rest = list(group)
-            for start in range(0, len(rest), ROWS):
-                found |= self._read(rest[start : start + ROWS])
-        for key in missing:
+        missing = {key for key in keys if key not in found}
+        if missing:
+            found |= self._read_all(missing | self._soon(ahead))
+        for key in found:
+            if key in self.prefixes:
+                del self.prefixes[key]
+            else:
+                self.held += _bytes(found[key])
             self.prefixes[key] = found[key]
-            self.held += _bytes(found[key])
         while self.held > self.limit and self.prefixes:
             self.held -= _bytes(self.prefixes.pop(next(iter(self.prefixes))))
         return [found[key] for key in keys]
+
+    def _soon(self, ahead: Iterable[Sequence[int]]) -> set[tuple[int, ...]]:
+        """Rows to read along."""
+        shapes = self.transformer.config
+        width = 2 * shapes.language.num_kv_heads * shapes.language.head_width * len(shapes.visual_layers)
+        soon: set[tuple[int, ...]] = set()
+        room = self.limit // 2
+        for row in ahead:
+            key = tuple(row)
+            room -= 4 * len(row) * width
+            if room < 0:
+                break
+            if key not in self.prefixes:
+                soon.add(key)
+        return soon
+
+    def _read_all(self, rows: set[tuple[int, ...]]) -> dict[tuple[int, ...], Prefix]:
+        found: dict[tuple[int, ...], Prefix] = {}
+        for _, group in groupby(sorted(rows, key=lambda row: (len(row), row)), key=_padded):
+            rest = list(group)
+            for start in range(0, len(rest), ROWS):
+                found |= self._read(rest[start : start + ROWS])
+        return found
 
     def _read(self, rows: list[tuple[int, ...]]) -> dict[tuple[int, ...], Prefix]:
         """Prefixes of rows of one padded length.

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -33,6 +33,9 @@ from mars.training.optim import build_optimizers, rate_at
 from mars.training.runlog import RunLog
 from mars.training.runstate import check_finite, read_state, write_state
 from mars.training.stages import StageConfig
+
+LOOKAHEAD = 24
+"""Steps whose captions are read at once."""
 
 Sampler = Callable[[Path, Sequence[str]], Image.Image]
 """Draws a grid of prompts with the model saved in a folder; the trainer itself cannot generate."""
@@ -129,17 +132,15 @@ class Trainer:
             TrainingError: if a loss or the gradients are not finite; the weights have not moved then.
         """
         config = self.config
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
-        samples = self.loader.batch(self.step * config.batch_size, config.batch_size)
+        samples, texts = self._plan(self.step)
         codes_BRC = torch.stack([sample.codes for sample in samples])
-        caption = float(torch.rand((), generator=generator)) < config.captioning
-        if caption:
+        if texts is None:
             rows = [self._encode(sample.caption.text) for sample in samples]
             hints = [self._encode(CAPTION_HINTS[sample.caption.language]) for sample in samples]
             loss = captioning_loss(self.transformer, codes_BRC, rows, hints=hints, end=self.text_tokenizer.eos_id)
             losses = {"caption_loss": loss}
         else:
-            losses = self._text_to_image(samples, codes_BRC, generator)
+            losses = self._text_to_image(texts, codes_BRC)
             loss = losses["loss"] + config.special_weight * losses["special_loss"]
         rate = rate_at(self.step, steps=config.steps, config=config.optimizer)
         for optimizer in self.optimizers:
@@ -155,12 +156,27 @@ class Trainer:
             optimizer.step()
         return values
 
-    def _text_to_image(self, samples: list[Sample], codes_BRC: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        dropped = torch.rand(len(samples), generator=generator) < self.config.guidance_dropout
-        bos = self.text_tokenizer.bos_id
-        texts = ["" if drop else sample.caption.text for sample, drop in zip(samples, dropped.tolist(), strict=True)]
-        rows = [[bos, *self._encode(text)] for text in texts]
-        prefixes = self.prefixes.get(rows)
+    def _plan(self, step: int) -> tuple[list[Sample], list[str] | None]:
+        """Samples of a step, and the texts to draw from; no texts if the step is to learn captioning."""
+        config = self.config
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        samples = self.loader.batch(step * config.batch_size, config.batch_size)
+        if float(torch.rand((), generator=generator)) < config.captioning:
+            return samples, None
+        dropped = (torch.rand(len(samples), generator=generator) < config.guidance_dropout).tolist()
+        return samples, ["" if drop else sample.caption.text for sample, drop in zip(samples, dropped, strict=True)]
+
+    def _prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[self.text_tokenizer.bos_id, *self._encode(text)] for text in texts]
+
+    def _prompts_ahead(self) -> Iterator[list[int]]:
+        """Prompts of the next steps, whose prefixes are cheaper to read together."""
+        for step in range(self.step + 1, min(self.step + LOOKAHEAD, self.config.steps)):
+            _, texts = self._plan(step)
+            yield from self._prompts(texts or [])
+
+    def _text_to_image(self, texts: Sequence[str], codes_BRC: Tensor) -> dict[str, Tensor]:
+        prefixes = self.prefixes.get(self._prompts(texts), ahead=self._prompts_ahead())
         return {
             "loss": text_to_image_loss(self.transformer, codes_BRC, prefixes, neighbours=self.neighbours),
             "special_loss": begin_image_loss(self.transformer, prefixes),
