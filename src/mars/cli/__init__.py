@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from mars.pipeline import MarsPipeline
 
 
-class _Interruptible(TyperGroup):
-    """Ends quietly on Ctrl-C; Typer would, in some versions, say so itself and exit with 1."""
+_UsageError: Any = typer.BadParameter.__bases__[0]
+"""Click's; newer versions of Typer carry a Click of their own."""
+
+
+class _OneLine(TyperGroup):
+    """Ends with one line on Ctrl-C and on arguments that cannot be used; Typer would draw a box."""
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command of a click context."""
@@ -30,11 +34,17 @@ class _Interruptible(TyperGroup):
         except KeyboardInterrupt:
             _say("mars: interrupted")
             raise typer.Exit(130) from None
+        except _UsageError as error:
+            message = error.format_message()
+            if len(message.splitlines()) != 1:  # the help of a group that was called without a command
+                raise
+            _say(f"mars: {message.rstrip('.')}; see {(error.ctx or ctx).command_path} --help")
+            raise typer.Exit(error.exit_code) from None
 
 
 app = typer.Typer(
     name="mars",
-    cls=_Interruptible,
+    cls=_OneLine,
     help='Text to image by a frozen language model and a trained visual expert. `mars "a red apple"` draws one.',
     no_args_is_help=True,
     add_completion=False,

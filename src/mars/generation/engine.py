@@ -77,7 +77,7 @@ def _read_texts(transformer: MarsTransformer, texts: Sequence[tuple[int, ...]], 
         raise RequestError(f"prompt and image must fit into {limit} positions, got {size}; shorten the prompt")
     distinct = sorted(set(texts), key=len)
     prefixes = dict(zip(distinct, read_prefixes(transformer, distinct), strict=True))
-    cache = transformer.new_static_cache(batch=len(texts), size=size)
+    cache = transformer.new_static_cache(batch=len(texts), size=size, images_only=True)
     cache.load([prefixes[text] for text in texts])
     return cache
 

@@ -122,13 +122,17 @@ class Cache:
 
 
 class StaticCache(Cache):
-    """A cache of fixed size, filled in place: for inference. It holds (layers, B, G, size, E) keys and values."""
+    """A cache of fixed size, filled in place: for inference. It holds (layers, B, G, size, E) keys and values.
+
+    `layers` are those that will be used: a cache that only images extend needs no others than the visual ones.
+    """
 
     def __init__(
         self,
         *,
         num_layers: int,
         visual_layers: Sequence[int],
+        layers: Sequence[int],
         batch: int,
         size: int,
         heads: tuple[int, int],
@@ -138,7 +142,9 @@ class StaticCache(Cache):
         super().__init__(num_layers=num_layers, visual_layers=visual_layers)
         num_kv_heads, head_width = heads
         self.size = size
-        self.store = torch.zeros(2, num_layers, batch, num_kv_heads, size, head_width, dtype=dtype, device=device)
+        self.places = {layer: place for place, layer in enumerate(layers)}
+        """Where a layer lies in the store."""
+        self.store = torch.zeros(2, len(layers), batch, num_kv_heads, size, head_width, dtype=dtype, device=device)
         self.columns = torch.zeros(2, batch, size, dtype=torch.bool, device=device)
         """Real columns of the tracks `text` (0) and `all` (1)."""
         self.used = {True: 0, False: 0}
@@ -156,7 +162,7 @@ class StaticCache(Cache):
     def extend(self, layer: int, k_BGTE: Tensor, v_BGTE: Tensor) -> tuple[Tensor, Tensor]:
         """Writes keys and values in place; returns a view of all columns of the layer, (B, G, S, E)."""
         end = self.used[layer in self.visual_layers]
-        keys, values = self.store[0, layer], self.store[1, layer]
+        keys, values = self.store[:, self.places[layer]]
         keys[:, :, end - self.new : end] = k_BGTE
         values[:, :, end - self.new : end] = v_BGTE
         return keys[:, :, :end], values[:, :, :end]
@@ -170,7 +176,7 @@ class StaticCache(Cache):
         self._check_fits(length)
         assert self.columns.shape[1] == len(mask_BS), "a static cache is loaded with a prefix for each of its rows"
         for index, layer in enumerate(self.visual_layers):
-            self.store[:, layer, :, :, :length] = both[:, index]
+            self.store[:, self.places[layer], :, :, :length] = both[:, index]
         self.columns[1, :, :length] = mask_BS
         self.used[True] = length
         self.padded[True] = not bool(mask_BS.all())

@@ -121,12 +121,13 @@ class MarsTransformer(nn.Module):
         """A cache that grows, for training."""
         return Cache(num_layers=self.config.language.num_layers, visual_layers=self.config.visual_layers)
 
-    def new_static_cache(self, *, batch: int, size: int) -> StaticCache:
-        """A cache for `batch` rows of at most `size` positions, for inference."""
+    def new_static_cache(self, *, batch: int, size: int, images_only: bool = False) -> StaticCache:
+        """A cache for `batch` rows of at most `size` positions, for inference; loaded prefixes count as no text."""
         language, weight = self.config.language, self.visual_embedding.weight
         return StaticCache(
             num_layers=language.num_layers,
             visual_layers=self.config.visual_layers,
+            layers=self.config.visual_layers if images_only else range(language.num_layers),
             batch=batch,
             size=size,
             heads=(language.num_kv_heads, language.head_width),
