@@ -41,11 +41,13 @@ def visual(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in trainer.transformer.visual_tensors().items()}
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_ten_steps_are_five_a_save_and_five_more_to_the_bit(stage: Stage, tmp_path: Path, optimizer: str) -> None:
-    whole = start(stage(optimizer=OPTIMIZERS[optimizer], out=str(tmp_path / "whole")))
+@pytest.mark.parametrize(("optimizer", "precision"), [("adamw", "fp32"), ("muon", "fp32"), ("muon", "bf16")])
+def test_ten_steps_are_five_a_save_and_five_more_to_the_bit(
+    stage: Stage, tmp_path: Path, optimizer: str, precision: str
+) -> None:
+    whole = start(stage(optimizer=OPTIMIZERS[optimizer], out=str(tmp_path / "whole"), precision=precision))
     wanted = steps(whole, 10)
-    table = stage(optimizer=OPTIMIZERS[optimizer])
+    table = stage(optimizer=OPTIMIZERS[optimizer], precision=precision)
     first = start(table)
     found = steps(first, 5)
     first.save()
@@ -60,6 +62,25 @@ def test_ten_steps_are_five_a_save_and_five_more_to_the_bit(stage: Stage, tmp_pa
         left, also = one.state_dict()["state"], other.state_dict()["state"]
         assert left.keys() == also.keys()
         assert all(torch.equal(torch.as_tensor(left[i][k]), torch.as_tensor(also[i][k])) for i in also for k in also[i])
+
+
+def test_products_in_bf16_give_nearly_the_same_losses_and_leave_all_weights_in_fp32(stage: Stage) -> None:
+    plain, halves = start(stage(precision="fp32")), start(stage(precision="bf16"))
+    wanted, found = steps(plain, 6), steps(halves, 6)
+    assert found != wanted
+    for one, other in zip(found, wanted, strict=True):
+        assert one == pytest.approx(other, rel=0.1)
+    assert {weight.dtype for weight in visual(halves).values()} == {torch.float32}
+    states = (
+        value for optimizer in halves.optimizers for state in optimizer.state.values() for value in state.values()
+    )
+    assert {torch.as_tensor(value).dtype for value in states} == {torch.float32}
+
+
+def test_the_precision_is_bf16_only_where_that_is_fast(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(module, "has_fast_bf16", lambda fast=fast: fast)
+        assert start(stage(precision="auto")).dtype is dtype
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -95,7 +116,7 @@ def test_guidance_dropout_and_captioning_come_as_often_as_asked(stage: Stage, mo
     weight = trainer.transformer.visual_embedding.weight
     rows: list[Sequence[int]] = []
     captions: list[Sequence[int]] = []
-    monkeypatch.setattr(trainer.prefixes, "get", rows.extend)
+    monkeypatch.setattr(trainer.prefixes, "get", lambda asked, ahead: rows.extend(asked))
     monkeypatch.setattr(module, "text_to_image_loss", lambda *_, **__: weight.sum() * 0)
     monkeypatch.setattr(module, "begin_image_loss", lambda *_, **__: weight.sum() * 0)
 

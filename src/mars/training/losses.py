@@ -14,7 +14,7 @@ from mars.model.cache import Cache, Prefix
 from mars.model.transformer import MarsTransformer, read_prefixes
 from mars.sequence.layout import IGNORE, drawn_image, read_image, written_text
 
-ROWS, WIDTH = 16, 4
+ROWS, WIDTH = 32, 4
 """Captions are read `ROWS` at a time and padded to a multiple of `WIDTH` ids."""
 
 
@@ -132,7 +132,7 @@ def text_to_image_loss(
     cache.load(prefixes)
     segment = drawn_image(codes_BRC, transformer.vocabulary)
     assert segment.targets is not None
-    logits = transformer.visual_logits(transformer(segment, cache))
+    logits = transformer.visual_logits(transformer(segment, cache)).float()
     targets = segment.targets - transformer.vocabulary.first_code
     if neighbours is not None:
         return neighbours.loss(logits.flatten(0, 1), targets.flatten())
@@ -143,8 +143,8 @@ def begin_image_loss(transformer: MarsTransformer, prefixes: Sequence[Prefix]) -
     """Mean cross-entropy of `<img>` after a whole caption, among text and special ids: when to draw."""
     hidden_BD = torch.stack([prefix.last_hidden for prefix in prefixes])
     with torch.no_grad():
-        text_B = torch.logsumexp(transformer.text_logits(hidden_BD), dim=1)
-    special = transformer.special_logits(hidden_BD)
+        text_B = torch.logsumexp(transformer.text_logits(hidden_BD).float(), dim=1)
+    special = transformer.special_logits(hidden_BD).float()
     everything_B = torch.logsumexp(torch.cat([text_B[:, None], special], dim=1), dim=1)
     return (everything_B - special[:, 0]).mean()
 
@@ -164,4 +164,4 @@ def captioning_loss(
     assert segment.targets is not None
     hidden_BTD = transformer(segment, cache)
     kept = segment.targets != IGNORE
-    return F.cross_entropy(transformer.text_logits(hidden_BTD[kept]), segment.targets[kept])
+    return F.cross_entropy(transformer.text_logits(hidden_BTD[kept]).float(), segment.targets[kept])

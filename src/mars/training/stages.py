@@ -93,6 +93,8 @@ class StageConfig:
     prefix_gib: float = 3.0
     """Memory for the keys and values of captions, which no step can change."""
     seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of matrix products; weights, sums and losses stay fp32. `auto` is bf16 where the device has units for it."""
     threads: int | None = None
     """CPU threads; null leaves PyTorch's choice."""
     report_every: int = 10

@@ -29,7 +29,7 @@ from mars.model.config import ModelConfig
 from mars.model.transformer import build_transformer, start_visual
 from mars.sequence.text import CAPTION_HINTS, TextTokenizer
 from mars.training.losses import Neighbours, PrefixStore, begin_image_loss, captioning_loss, text_to_image_loss
-from mars.training.optim import build_optimizers, rate_at
+from mars.training.optim import build_optimizers, has_fast_bf16, rate_at
 from mars.training.runlog import RunLog
 from mars.training.runstate import check_finite, read_state, write_state
 from mars.training.stages import StageConfig
@@ -52,6 +52,8 @@ class Trainer:
         self.config = config
         if config.threads:
             torch.set_num_threads(config.threads)
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16())
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
         llm = open_base_llm(config.model.language, notify=notify)
         self.text_tokenizer = TextTokenizer(llm.tokenizer, config=llm.tokenizer_config)
         self.image_tokenizer, _ = load_image_tokenizer(config.model.image_tokenizer)
@@ -84,7 +86,8 @@ class Trainer:
             grids=((grid[0], grid[1]),),
         )
         visual = self.transformer.visual_tensors()
-        self.optimizers = build_optimizers(((name, visual[name]) for name in sorted(visual)), config.optimizer)  # type: ignore[misc]
+        named = [(name, visual[name]) for name in sorted(visual)]
+        self.optimizers = build_optimizers(named, config.optimizer, dtype=self.dtype)  # type: ignore[arg-type]
         self.neighbours: Neighbours | None = None
         if config.neighbours > 1:
             self.neighbours = Neighbours(codebook_VZ, count=config.neighbours, spread=config.neighbour_spread)
@@ -134,14 +137,13 @@ class Trainer:
         config = self.config
         samples, texts = self._plan(self.step)
         codes_BRC = torch.stack([sample.codes for sample in samples])
-        if texts is None:
-            rows = [self._encode(sample.caption.text) for sample in samples]
-            hints = [self._encode(CAPTION_HINTS[sample.caption.language]) for sample in samples]
-            loss = captioning_loss(self.transformer, codes_BRC, rows, hints=hints, end=self.text_tokenizer.eos_id)
-            losses = {"caption_loss": loss}
-        else:
-            losses = self._text_to_image(texts, codes_BRC)
-            loss = losses["loss"] + config.special_weight * losses["special_loss"]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+            if texts is None:
+                losses = self._captioning(samples, codes_BRC)
+                loss = losses["caption_loss"]
+            else:
+                losses = self._text_to_image(texts, codes_BRC)
+                loss = losses["loss"] + config.special_weight * losses["special_loss"]
         rate = rate_at(self.step, steps=config.steps, config=config.optimizer)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -174,6 +176,12 @@ class Trainer:
         for step in range(self.step + 1, min(self.step + LOOKAHEAD, self.config.steps)):
             _, texts = self._plan(step)
             yield from self._prompts(texts or [])
+
+    def _captioning(self, samples: Sequence[Sample], codes_BRC: Tensor) -> dict[str, Tensor]:
+        rows = [self._encode(sample.caption.text) for sample in samples]
+        hints = [self._encode(CAPTION_HINTS[sample.caption.language]) for sample in samples]
+        loss = captioning_loss(self.transformer, codes_BRC, rows, hints=hints, end=self.text_tokenizer.eos_id)
+        return {"caption_loss": loss}
 
     def _text_to_image(self, texts: Sequence[str], codes_BRC: Tensor) -> dict[str, Tensor]:
         prefixes = self.prefixes.get(self._prompts(texts), ahead=self._prompts_ahead())
