@@ -33,3 +33,8 @@ def whole_file(path: Path, *, error: type[MarsError]) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def cache_folder() -> Path:
+    """Where converted and compiled files are kept: $MARS_CACHE or ~/.cache/mars."""
+    return Path(os.environ.get("MARS_CACHE") or "~/.cache/mars").expanduser()

@@ -1,0 +1,58 @@
+"""The C kernel behind `mars.model.quantized`: compiled once by the machine's own compiler, or done without."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+from mars.errors import ModelError
+from mars.files import cache_folder, whole_file
+
+_SOURCE = Path(__file__).with_name("quantized.c")
+_FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
+_SECONDS = 60
+
+
+class Kernel:
+    """The compiled library. Its threads are PyTorch's, as both name the same OpenMP library."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        pointer, size = ctypes.c_void_p, ctypes.c_long
+        self.linear = library.mars_quantized_linear
+        self.linear.argtypes = [pointer, size, size, pointer, pointer, pointer, pointer, size, ctypes.c_int]
+        self.linear.restype = ctypes.c_int
+
+
+@cache
+def find_kernel() -> Kernel | None:
+    """The kernel, compiled into the cache if it is not there; None without a C compiler or the instructions it needs.
+
+    $CC names the compiler; `MARS_KERNEL=off` does without one.
+    """
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if compiler is None or os.environ.get("MARS_KERNEL") == "off":
+        return None
+    key = hashlib.sha256(_SOURCE.read_bytes() + repr((_FLAGS, compiler)).encode() + _processor()).hexdigest()
+    library = cache_folder() / "kernels" / f"quantized-{key[:16]}.so"
+    try:
+        if not library.is_file():
+            with whole_file(library, error=ModelError) as partial:
+                command = [*compiler.split(), *_FLAGS, str(_SOURCE), "-o", str(partial), "-lm"]
+                subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
+        return Kernel(library)
+    except (ModelError, OSError, subprocess.SubprocessError):
+        return None
+
+
+def _processor() -> bytes:
+    """What `-march=native` depends on, so that a cache shared by machines serves each its own."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return b"".join(sorted({line for line in lines if line.startswith((b"flags", b"Features", b"model name"))}))

@@ -1,0 +1,180 @@
+/* Products of a few activation rows with weights of 8 or 4 bits: the kernel behind mars.model.quantized.
+ *
+ * Memory is the limit: every weight is read once, by one thread, in the order in which it lies. Weights are kept in
+ * tiles of 16 output rows, so that a register holds four inputs of each of them and no sum runs across a register:
+ *
+ *   codes  [tile][block][16 rows x 32 inputs]   8 bits: quarter q of a block holds inputs 4 q .. 4 q + 3 of each row
+ *                                               4 bits: byte i of half h is quarters q = h and h + 4 (low, high bits)
+ *   scales [tile][block][16 rows] fp16
+ *
+ * A block is 32 inputs. Codes are unsigned, with their zero at 128 or 8. Activations become 8 bits with one scale per
+ * block and row, as in llama.cpp; sums inside a block are exact integers.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+enum { TILE = 16, BLOCK = 32, QUARTERS = BLOCK / 4, MOST = 8 };
+
+/* Rounds x (rows, inputs) to 8 bits: codes (blocks, rows, 32), scales (blocks, rows), sums of codes (blocks, rows). */
+static void quantize_rows(const float *x, long rows, long inputs, int8_t *codes, float *scales, int32_t *sums) {
+  long blocks = inputs / BLOCK;
+  for (long row = 0; row < rows; row++) {
+    for (long block = 0; block < blocks; block++) {
+      const float *from = x + row * inputs + block * BLOCK;
+      float largest = 0;
+      for (int i = 0; i < BLOCK; i++) largest = fmaxf(largest, fabsf(from[i]));
+      float inverse = largest > 0 ? 127 / largest : 0;
+      long place = block * rows + row;
+      int32_t sum = 0;
+      for (int i = 0; i < BLOCK; i++) {
+        int8_t code = (int8_t)lrintf(from[i] * inverse);
+        codes[place * BLOCK + i] = code;
+        sum += code;
+      }
+      scales[place] = largest / 127;
+      sums[place] = sum;
+    }
+  }
+}
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+
+typedef __m512 Sums;
+static inline Sums zero_sums(void) { return _mm512_setzero_ps(); }
+static inline void store_sums(float *to, Sums sums) { _mm512_storeu_ps(to, sums); }
+
+/* Adds a block of one tile for `rows` activation rows. */
+static inline __attribute__((always_inline)) void add_block(Sums *sums, const uint8_t *codes, const uint16_t *scales,
+                                                            const int8_t *x, const float *x_scales,
+                                                            const int32_t *x_sums, int rows, int bits) {
+  __m512i products[MOST];
+  for (int row = 0; row < rows; row++) products[row] = _mm512_set1_epi32(bits == 4 ? -8 * x_sums[row] : -128 * x_sums[row]);
+  if (bits == 4) {
+    const __m512i low = _mm512_set1_epi8(15);
+    for (int half = 0; half < QUARTERS / 2; half++) {
+      __m512i both = _mm512_loadu_si512(codes + 64 * half);
+      __m512i first = _mm512_and_si512(both, low), second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+      for (int row = 0; row < rows; row++) {
+        const int32_t *four = (const int32_t *)(x + row * BLOCK);
+        products[row] = _mm512_dpbusd_epi32(products[row], first, _mm512_set1_epi32(four[half]));
+        products[row] = _mm512_dpbusd_epi32(products[row], second, _mm512_set1_epi32(four[half + QUARTERS / 2]));
+      }
+    }
+  } else {
+    for (int quarter = 0; quarter < QUARTERS; quarter++) {
+      __m512i weights = _mm512_loadu_si512(codes + 64 * quarter);
+      for (int row = 0; row < rows; row++) {
+        const int32_t *four = (const int32_t *)(x + row * BLOCK);
+        products[row] = _mm512_dpbusd_epi32(products[row], weights, _mm512_set1_epi32(four[quarter]));
+      }
+    }
+  }
+  __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)scales));
+  for (int row = 0; row < rows; row++) {
+    __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x_scales[row]));
+    sums[row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[row]), both, sums[row]);
+  }
+}
+
+#elif defined(__AVX2__) && defined(__F16C__) && defined(__FMA__)
+
+typedef struct { __m256 half[2]; } Sums;
+static inline Sums zero_sums(void) { return (Sums){{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
+static inline void store_sums(float *to, Sums sums) {
+  _mm256_storeu_ps(to, sums.half[0]);
+  _mm256_storeu_ps(to + 8, sums.half[1]);
+}
+
+/* Four products of each of eight rows: weights below 16 do not overflow 16 bits, those of 8 bits are widened. */
+static inline __m256i dot(__m256i sum, __m256i weights, int32_t four, int bits) {
+  __m256i x = _mm256_set1_epi32(four);
+  if (bits == 4) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, x), _mm256_set1_epi16(1)));
+  }
+  __m256i even = _mm256_and_si256(weights, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(weights, 8);
+  __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), x_odd = _mm256_srai_epi16(x, 8);
+  return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(even, x_even), _mm256_madd_epi16(odd, x_odd)));
+}
+
+static inline __attribute__((always_inline)) void add_block(Sums *sums, const uint8_t *codes, const uint16_t *scales,
+                                                            const int8_t *x, const float *x_scales,
+                                                            const int32_t *x_sums, int rows, int bits) {
+  for (int side = 0; side < 2; side++) {
+    __m256i products[MOST];
+    const __m256i low = _mm256_set1_epi8(15);
+    for (int row = 0; row < rows; row++) products[row] = _mm256_set1_epi32((bits == 4 ? -8 : -128) * x_sums[row]);
+    for (int part = 0; part < (bits == 4 ? QUARTERS / 2 : QUARTERS); part++) {
+      __m256i weights = _mm256_loadu_si256((const __m256i *)(codes + 64 * part + 32 * side));
+      __m256i second = _mm256_and_si256(_mm256_srli_epi16(weights, 4), low);
+      if (bits == 4) weights = _mm256_and_si256(weights, low);
+      for (int row = 0; row < rows; row++) {
+        const int32_t *four = (const int32_t *)(x + row * BLOCK);
+        products[row] = dot(products[row], weights, four[part], bits);
+        if (bits == 4) products[row] = dot(products[row], second, four[part + QUARTERS / 2], bits);
+      }
+    }
+    __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(scales + 8 * side)));
+    for (int row = 0; row < rows; row++) {
+      __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(x_scales[row]));
+      sums[row].half[side] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[row]), both, sums[row].half[side]);
+    }
+  }
+}
+
+#else
+#error "this kernel needs AVX2 with FMA and F16C"
+#endif
+
+static inline __attribute__((always_inline)) void run_tiles(const int8_t *x, const float *x_scales,
+                                                            const int32_t *x_sums, const uint8_t *codes,
+                                                            const uint16_t *scales, const float *bias, float *out,
+                                                            long stride, int rows, long inputs, long outputs, int bits) {
+  long blocks = inputs / BLOCK, bytes = TILE * BLOCK * bits / 8;
+#pragma omp parallel for schedule(static)
+  for (long tile = 0; tile < outputs / TILE; tile++) {
+    Sums sums[MOST];
+    for (int row = 0; row < rows; row++) sums[row] = zero_sums();
+    for (long block = 0; block < blocks; block++) {
+      const uint8_t *from = codes + (tile * blocks + block) * bytes;
+      __builtin_prefetch(from + 4096, 0, 0);
+      if (bits == 8) __builtin_prefetch(from + 4096 + 256, 0, 0);
+      add_block(sums, from, scales + (tile * blocks + block) * TILE, x + block * rows * BLOCK, x_scales + block * rows,
+                x_sums + block * rows, rows, bits);
+    }
+    for (int row = 0; row < rows; row++) {
+      float *to = out + row * stride + tile * TILE;
+      store_sums(to, sums[row]);
+      if (bias) for (int i = 0; i < TILE; i++) to[i] += bias[tile * TILE + i];
+    }
+  }
+}
+
+#define CASE(N) \
+  case N: \
+    if (bits == 4) run_tiles(codes_x, scales_x, sums_x, codes, scales, bias, out, outputs, N, inputs, outputs, 4); \
+    else run_tiles(codes_x, scales_x, sums_x, codes, scales, bias, out, outputs, N, inputs, outputs, 8); \
+    break;
+
+/* out (rows, outputs) = x (rows, inputs) times the weights, plus a bias or NULL. 0, or 1 when memory ran out. */
+int mars_quantized_linear(const float *x, long rows, long inputs, const uint8_t *codes, const uint16_t *scales,
+                          const float *bias, float *out, long outputs, int bits) {
+  long places = inputs / BLOCK * MOST;
+  int8_t *codes_x = malloc(places * (BLOCK + sizeof(float) + sizeof(int32_t)));
+  if (!codes_x) return 1;
+  float *scales_x = (float *)(codes_x + places * BLOCK);
+  int32_t *sums_x = (int32_t *)(scales_x + places);
+  for (long start = 0; start < rows; start += MOST) {
+    long now = rows - start < MOST ? rows - start : MOST;
+    quantize_rows(x, now, inputs, codes_x, scales_x, sums_x);
+    switch (now) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) }
+    x += now * inputs;
+    out += now * outputs;
+  }
+  free(codes_x);
+  return 0;
+}

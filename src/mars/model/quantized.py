@@ -1,0 +1,127 @@
+"""Weights of 8 or 4 bits: a linear layer that reads an eighth of the bytes, which is what drawing waits for.
+
+Weights are rounded in blocks of 32 inputs, each with its own fp16 scale: 8.5 or 4.5 bits a weight. Codes are symmetric,
+their zero at 128 or 8; scales are chosen as llama.cpp's Q8_0 and Q4_0 choose them. A few rows go through our kernel
+(`quantized.c`, which also rounds activations to 8 bits), many rows or a machine without it through PyTorch's product
+with the weights made whole again.
+
+Letters: O outputs, I inputs, T tiles of 16 outputs, K blocks of 32 inputs.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mars.errors import ModelError
+from mars.model.kernel import find_kernel
+
+Bits = Literal[4, 8]
+
+BLOCK, TILE, QUARTER = 32, 16, 4
+KERNEL_ROWS = 32
+"""Rows from which PyTorch's product is as fast, the making of whole weights included."""
+
+
+def check_fits(outputs: int, inputs: int, *, name: str) -> None:
+    """Raises ModelError for a weight that blocks and tiles do not divide."""
+    if inputs % BLOCK or outputs % TILE:
+        raise ModelError(
+            f"{name}: weights of 8 or 4 bits need inputs in {BLOCK}s and outputs in {TILE}s, "
+            f"got {inputs} and {outputs}; choose other widths, or fp32"
+        )
+
+
+@torch.no_grad()
+def quantize(weight_OI: Tensor, *, bits: Bits) -> tuple[Tensor, Tensor]:
+    """Rounds a weight. Returns codes uint8 (T, K, 64 * bits) in the kernel's order, and scales fp16 (T, K, 16).
+
+    Raises:
+        ModelError: if blocks and tiles do not divide the weight.
+    """
+    outputs, inputs = weight_OI.shape
+    check_fits(outputs, inputs, name="weight")
+    zero = 1 << (bits - 1)
+    blocks = weight_OI.float().reshape(outputs, inputs // BLOCK, BLOCK)
+    if bits == 4:  # the largest value becomes -8, whatever its sign: sixteen steps instead of fifteen
+        largest = blocks.gather(2, blocks.abs().argmax(dim=2, keepdim=True))
+        scales = (largest / -zero).half()
+    else:
+        scales = (blocks.abs().amax(dim=2, keepdim=True) / (zero - 1)).half()
+    steps = scales.float()
+    inverse = torch.where(steps == 0, 0.0, 1 / steps)
+    codes = (blocks * inverse).round_().clamp_(-zero, zero - 1).add_(zero).to(torch.uint8)
+    # (O, K, 32) -> (T, K, quarter, 16 outputs, 4 inputs)
+    tiles = codes.view(-1, TILE, inputs // BLOCK, BLOCK // QUARTER, QUARTER).permute(0, 2, 3, 1, 4)
+    if bits == 4:
+        tiles = tiles[:, :, :4] | tiles[:, :, 4:] << 4
+    scales = scales.view(-1, TILE, inputs // BLOCK).transpose(1, 2)
+    return tiles.reshape(*scales.shape[:2], -1).contiguous(), scales.contiguous()
+
+
+@torch.no_grad()
+def dequantize(codes: Tensor, scales: Tensor, *, bits: Bits) -> Tensor:
+    """The weight (O, I) in fp32 that `quantize` stands for."""
+    tiles, blocks, _ = codes.shape
+    parts = codes.view(tiles, blocks, -1, TILE, QUARTER)
+    if bits == 4:
+        parts = torch.cat([parts & 15, parts >> 4], dim=2)
+    values = (parts.float() - (1 << (bits - 1))) * scales.float()[:, :, None, :, None]
+    return values.permute(0, 3, 1, 2, 4).reshape(tiles * TILE, blocks * BLOCK)
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weight is kept in 8 or 4 bits: for inference only, on a CPU."""
+
+    codes: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight_OI: Tensor, bias: Tensor | None = None, *, bits: Bits) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight_OI.shape
+        self.bits = bits
+        codes, scales = quantize(weight_OI, bits=bits)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", None if bias is None else bias.detach().float().contiguous())
+
+    @property
+    def num_bytes(self) -> int:
+        """What one pass reads."""
+        return self.codes.numel() + 2 * self.scales.numel()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in fp32."""
+        rows = x.numel() // self.in_features
+        kernel = find_kernel() if rows <= KERNEL_ROWS else None
+        if kernel is None:
+            return F.linear(x.float(), dequantize(self.codes, self.scales, bits=self.bits), self.bias)
+        x = x.float().contiguous()
+        out = x.new_empty(*x.shape[:-1], self.out_features)
+        bias = 0 if self.bias is None else self.bias.data_ptr()
+        failed = kernel.linear(
+            x.data_ptr(), rows, self.in_features, self.codes.data_ptr(), self.scales.data_ptr(), bias, out.data_ptr(),
+            self.out_features, self.bits,
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no memory for the activations of a quantized product")
+        return out
+
+
+@torch.no_grad()
+def quantize_linears(module: nn.Module, *, bits: Bits, where: str = "model") -> None:
+    """Replaces every `nn.Linear` inside a module by a quantized one; each is let go before the next is made.
+
+    Raises:
+        ModelError: if blocks and tiles do not divide a weight; nothing is replaced then.
+    """
+    linears = [(name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+    for name, linear in linears:
+        check_fits(linear.out_features, linear.in_features, name=f"{where}.{name}")
+    while linears:
+        name, linear = linears.pop()
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, QuantizedLinear(linear.weight, linear.bias, bits=bits))
+        del linear
