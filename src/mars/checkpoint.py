@@ -23,6 +23,7 @@ from mars.image_tokenizer.model import ImageTokenizer
 from mars.model.base_llm import open_base_llm
 from mars.model.config import ModelConfig
 from mars.model.language_tensors import tensors_digest
+from mars.model.precision import Precision, check_precision, lower_precision
 from mars.model.transformer import MarsTransformer, build_transformer
 from mars.sequence.text import TextTokenizer
 
@@ -192,6 +193,8 @@ class MarsModel:
     text_tokenizer: TextTokenizer
     visual_digest: str
     """Digest of the visual expert and of the image tokenizer together, as stored."""
+    precision: Precision = "fp32"
+    """Of the weights in memory."""
 
 
 def save_image_tokenizer(folder: Path, tokenizer: ImageTokenizer, *, dtype: torch.dtype = torch.float32) -> None:
@@ -261,15 +264,21 @@ def read_info(folder: Path) -> tuple[ModelInfo, ModelConfig]:
         raise CheckpointError(f"{folder / 'config.json'} is wrong: {error}") from None
 
 
-def load_model(folder: Path, *, notify: Callable[[str], None] | None = None) -> MarsModel:
-    """Opens a model's folder and the LLM that it names, in fp32.
+def load_model(
+    folder: Path, *, precision: Precision = "fp32", notify: Callable[[str], None] | None = None
+) -> MarsModel:
+    """Opens a model's folder and the LLM that it names.
+
+    Weights of less than fp32 are rounded one after the other as they are read: they never stand whole in memory.
 
     Raises:
+        ConfigError: for an unknown precision.
         CheckpointError: if the folder is damaged, or the LLM is not the one that the model was trained on.
         ModelError: if the LLM cannot be found.
     """
     if not folder.is_dir():
         raise ModelError(f"no model at {folder}; name a folder that holds config.json and visual.safetensors")
+    check_precision(precision)
     info, config = read_info(folder)
     stored = read_tensors(folder / "visual.safetensors")
     llm = open_base_llm(info.language, notify=notify)
@@ -280,8 +289,7 @@ def load_model(folder: Path, *, notify: Callable[[str], None] | None = None) -> 
         )
     if llm.config != config.language:
         raise CheckpointError(f"{folder / 'config.json'} does not describe {info.language}; its language part is wrong")
-    transformer = build_transformer(config, llm.tensors)
-    copy_tensors(stored, into=transformer.visual_tensors(), where=str(folder / "visual.safetensors"))
+    transformer = _build(config, llm.tensors, stored, where=str(folder / "visual.safetensors"), precision=precision)
     image_tokenizer, codec = load_image_tokenizer(folder)
     if image_tokenizer.config.num_codes != config.num_codes:
         raise CheckpointError(
@@ -295,4 +303,25 @@ def load_model(folder: Path, *, notify: Callable[[str], None] | None = None) -> 
         visual_digest=tensors_digest(
             {**stored, **{f"image_tokenizer.{name}": tensor for name, tensor in codec.items()}}
         ),
+        precision=precision,
     )
+
+
+def _build(
+    config: ModelConfig,
+    language: Mapping[str, Tensor],
+    stored: Mapping[str, Tensor],
+    *,
+    where: str,
+    precision: Precision,
+) -> MarsTransformer:
+    if precision == "fp32":
+        transformer = build_transformer(config, language)
+        copy_tensors(stored, into=transformer.visual_tensors(), where=where)
+        return transformer
+    with torch.device("meta"):
+        wanted = MarsTransformer(config).visual_tensors()
+    check_tensors(stored, wanted, where=where)
+    transformer = build_transformer(config, language, visual=stored)
+    lower_precision(transformer, precision)
+    return transformer

@@ -23,6 +23,7 @@ from mars.errors import ModelError, PromptError, RequestError
 from mars.generation.engine import DrawRequest, Progress, continue_text, draw
 from mars.generation.sampling import Sampling
 from mars.model.language_tensors import tensors_digest
+from mars.model.precision import Precision, weights_held
 from mars.picture import GeneratedImage, open_picture
 from mars.sequence.text import CAPTION_HINTS
 
@@ -59,11 +60,17 @@ class MarsPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path | None = None, *, notify: Callable[[str], None] | None = None
+        cls,
+        source: str | Path | None = None,
+        *,
+        precision: Precision = "fp32",
+        notify: Callable[[str], None] | None = None,
     ) -> "MarsPipeline":
         """Opens a model's folder; without one, the model that comes with the package.
 
         Args:
+            precision: of linear layers in memory. `int8` and `int4` take a quarter and a seventh of the room of fp32,
+                and round: pictures are no longer those of fp32.
             notify: called with one line before anything that takes long.
 
         Raises:
@@ -74,7 +81,8 @@ class MarsPipeline:
             raise ModelError(
                 "no model comes with this version; train one with `mars train configs/mini-pretrain.toml` and name it"
             )
-        return cls(load_model(Path(source) if source is not None else SHIPPED, notify=notify))
+        folder = Path(source) if source is not None else SHIPPED
+        return cls(load_model(folder, precision=precision, notify=notify))
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -92,6 +100,7 @@ class MarsPipeline:
         height: int | None = None,
         negative_prompt: str = "",
         sampling: Sampling = DEFAULT_SAMPLING,
+        release_language: bool = False,
         progress: Progress | None = None,
     ) -> Generated:
         """Draws `n` pictures for each prompt, all in one batch.
@@ -103,6 +112,8 @@ class MarsPipeline:
             width, height: pixels; must be a size of `sizes`.
             negative_prompt: what guidance moves away from.
             sampling: temperature, top-k, top-p and guidance.
+            release_language: let the language expert go once it has read the prompts. Drawing needs half the memory
+                then, and the pipeline can read no further prompt.
             progress: called after each code with how many are done and how many there are.
 
         Raises:
@@ -121,7 +132,7 @@ class MarsPipeline:
             DrawRequest(prompt=ids[text], free=ids[negative_prompt], seed=number, sampling=sampling)
             for text, number in zip(repeated, seeds, strict=True)
         ]
-        codes = draw(self.model.transformer, requests, grid=grid, progress=progress)
+        codes = draw(self.model.transformer, requests, grid=grid, release_language=release_language, progress=progress)
         drawn = time.perf_counter()
         pixels = self.decode(codes)
         settings = {"negative_prompt": negative_prompt, **asdict(sampling)}
@@ -199,24 +210,27 @@ class MarsPipeline:
     def describe(self) -> dict[str, int | str]:
         """Parameters per part, vocabulary, digests (the LLM's computed anew from memory) and bytes held."""
         transformer, codec = self.model.transformer, self.model.image_tokenizer
-        language, visual = transformer.language_tensors(), transformer.visual_tensors()
         vocabulary, info = transformer.vocabulary, self.model.info
-        held = [*language.values(), *visual.values(), *codec.parameters()]
+        held = weights_held(transformer)
+        whole = self.model.precision == "fp32"
         return {
             "name": info.name,
             "language model": info.language,
-            "language expert parameters": sum(weight.numel() for weight in language.values()),
-            "visual expert parameters": sum(weight.numel() for weight in visual.values()),
+            "precision": self.model.precision,
+            "language expert parameters": held["language"][0],
+            "visual expert parameters": held["visual"][0],
             "image tokenizer parameters": sum(weight.numel() for weight in codec.parameters()),
             "layers with a visual expert": ", ".join(map(str, transformer.config.visual_layers)),
             "text ids": vocabulary.text_size,
             "codes": vocabulary.num_codes,
             "vocabulary": vocabulary.size,
             "picture sizes": ", ".join(f"{width}x{height}" for width, height in self.sizes),
-            "language digest": tensors_digest(language),
+            "language digest": tensors_digest(transformer.language_tensors()) if whole else "of rounded weights: none",
             "language digest of the LLM": info.language_digest,
             "visual digest": self.model.visual_digest,
-            "bytes in memory": sum(weight.numel() * weight.element_size() for weight in held),
+            "bytes in memory": held["language"][1]
+            + held["visual"][1]
+            + sum(weight.numel() * weight.element_size() for weight in codec.parameters()),
         }
 
     @torch.inference_mode()

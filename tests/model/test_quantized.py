@@ -91,9 +91,17 @@ def test_bytes_are_four_and_a_half_or_eight_and_a_half_bits_a_weight() -> None:
         assert layer.num_bytes * 8 == wanted * 64 * 128
 
 
-@pytest.mark.parametrize("shape", [(16, 40), (24, 32)])
-def test_a_width_that_blocks_do_not_divide_is_refused_before_anything_changes(shape: tuple[int, int]) -> None:
-    model = nn.Sequential(nn.Linear(32, 16), nn.Linear(shape[1], shape[0]))
+def test_outputs_need_not_fill_the_tiles() -> None:
+    weight, bias, x = torch.randn(21, 64), torch.randn(21), torch.randn(3, 64)
+    layer = QuantizedLinear(weight, bias, bits=8)
+    assert layer(x).shape == (3, 21)
+    torch.testing.assert_close(layer(x), F.linear(x, weight, bias), rtol=0.05, atol=0.2)
+    many = x.repeat(KERNEL_ROWS, 1)
+    torch.testing.assert_close(layer(many)[:3], layer(x), rtol=0.05, atol=0.2)
+
+
+def test_a_width_that_blocks_do_not_divide_is_refused_before_anything_changes() -> None:
+    model = nn.Sequential(nn.Linear(32, 16), nn.Linear(40, 16))
     with pytest.raises(ModelError, match=r"model\.1.* got"):
         quantize_linears(model, bits=4)
     assert isinstance(model[0], nn.Linear)

@@ -39,12 +39,13 @@ def draw(
     requests: Sequence[DrawRequest],
     *,
     grid: tuple[int, int],
+    release_language: bool = False,
     progress: Progress | None = None,
 ) -> Tensor:
     """Draws one code grid per request, all in one batch; (B, R, C) int64.
 
     Prompts may differ in length. A row's codes depend on its own request alone, up to rounding: products of other
-    shapes round differently.
+    shapes round differently. With `release_language` the language expert leaves memory once it has read the prompts.
 
     Raises:
         RequestError: if a prompt and its image do not fit into the LLM's positions.
@@ -53,6 +54,8 @@ def draw(
     guidance = Guidance([request.sampling.guidance for request in requests])
     texts = [request.prompt for request in requests] + [requests[index].free for index in guidance.guided]
     cache = _read_texts(transformer, texts, room=rows * columns)
+    if release_language:
+        transformer.release_language()
     samplings = [request.sampling for request in requests]
     device = transformer.visual_embedding.weight.device
     generators = [torch.Generator(device).manual_seed(request.seed) for request in requests]

@@ -24,7 +24,7 @@ class Kernel:
         library = ctypes.CDLL(str(path))
         pointer, size = ctypes.c_void_p, ctypes.c_long
         self.linear = library.mars_quantized_linear
-        self.linear.argtypes = [pointer, size, size, pointer, pointer, pointer, pointer, size, ctypes.c_int]
+        self.linear.argtypes = [pointer, size, size, pointer, pointer, pointer, size, ctypes.c_int]
         self.linear.restype = ctypes.c_int
 
 

@@ -132,8 +132,8 @@ static inline __attribute__((always_inline)) void add_block(Sums *sums, const ui
 
 static inline __attribute__((always_inline)) void run_tiles(const int8_t *x, const float *x_scales,
                                                             const int32_t *x_sums, const uint8_t *codes,
-                                                            const uint16_t *scales, const float *bias, float *out,
-                                                            long stride, int rows, long inputs, long outputs, int bits) {
+                                                            const uint16_t *scales, float *out, int rows, long inputs,
+                                                            long outputs, int bits) {
   long blocks = inputs / BLOCK, bytes = TILE * BLOCK * bits / 8;
 #pragma omp parallel for schedule(static)
   for (long tile = 0; tile < outputs / TILE; tile++) {
@@ -146,23 +146,19 @@ static inline __attribute__((always_inline)) void run_tiles(const int8_t *x, con
       add_block(sums, from, scales + (tile * blocks + block) * TILE, x + block * rows * BLOCK, x_scales + block * rows,
                 x_sums + block * rows, rows, bits);
     }
-    for (int row = 0; row < rows; row++) {
-      float *to = out + row * stride + tile * TILE;
-      store_sums(to, sums[row]);
-      if (bias) for (int i = 0; i < TILE; i++) to[i] += bias[tile * TILE + i];
-    }
+    for (int row = 0; row < rows; row++) store_sums(out + row * outputs + tile * TILE, sums[row]);
   }
 }
 
 #define CASE(N) \
   case N: \
-    if (bits == 4) run_tiles(codes_x, scales_x, sums_x, codes, scales, bias, out, outputs, N, inputs, outputs, 4); \
-    else run_tiles(codes_x, scales_x, sums_x, codes, scales, bias, out, outputs, N, inputs, outputs, 8); \
+    if (bits == 4) run_tiles(codes_x, scales_x, sums_x, codes, scales, out, N, inputs, outputs, 4); \
+    else run_tiles(codes_x, scales_x, sums_x, codes, scales, out, N, inputs, outputs, 8); \
     break;
 
-/* out (rows, outputs) = x (rows, inputs) times the weights, plus a bias or NULL. 0, or 1 when memory ran out. */
+/* out (rows, outputs) = x (rows, inputs) times the weights. Returns 0, or 1 when memory ran out. */
 int mars_quantized_linear(const float *x, long rows, long inputs, const uint8_t *codes, const uint16_t *scales,
-                          const float *bias, float *out, long outputs, int bits) {
+                          float *out, long outputs, int bits) {
   long places = inputs / BLOCK * MOST;
   int8_t *codes_x = malloc(places * (BLOCK + sizeof(float) + sizeof(int32_t)));
   if (!codes_x) return 1;

@@ -24,12 +24,12 @@ KERNEL_ROWS = 32
 """Rows from which PyTorch's product is as fast, the making of whole weights included."""
 
 
-def check_fits(outputs: int, inputs: int, *, name: str) -> None:
-    """Raises ModelError for a weight that blocks and tiles do not divide."""
-    if inputs % BLOCK or outputs % TILE:
+def check_fits(inputs: int, *, name: str) -> None:
+    """Raises ModelError for a weight whose inputs blocks do not divide."""
+    if inputs % BLOCK:
         raise ModelError(
-            f"{name}: weights of 8 or 4 bits need inputs in {BLOCK}s and outputs in {TILE}s, "
-            f"got {inputs} and {outputs}; choose other widths, or fp32"
+            f"{name}: weights of 8 or 4 bits need a multiple of {BLOCK} inputs, got {inputs}; choose another width, "
+            "or fp32"
         )
 
 
@@ -37,13 +37,15 @@ def check_fits(outputs: int, inputs: int, *, name: str) -> None:
 def quantize(weight_OI: Tensor, *, bits: Bits) -> tuple[Tensor, Tensor]:
     """Rounds a weight. Returns codes uint8 (T, K, 64 * bits) in the kernel's order, and scales fp16 (T, K, 16).
 
+    The last tile is filled up with outputs of zeros.
+
     Raises:
-        ModelError: if blocks and tiles do not divide the weight.
+        ModelError: if blocks do not divide the inputs.
     """
     outputs, inputs = weight_OI.shape
-    check_fits(outputs, inputs, name="weight")
+    check_fits(inputs, name="weight")
     zero = 1 << (bits - 1)
-    blocks = weight_OI.float().reshape(outputs, inputs // BLOCK, BLOCK)
+    blocks = F.pad(weight_OI.float(), (0, 0, 0, -outputs % TILE)).reshape(-1, inputs // BLOCK, BLOCK)
     if bits == 4:  # the largest value becomes -8, whatever its sign: sixteen steps instead of fifteen
         largest = blocks.gather(2, blocks.abs().argmax(dim=2, keepdim=True))
         scales = (largest / -zero).half()
@@ -62,7 +64,7 @@ def quantize(weight_OI: Tensor, *, bits: Bits) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def dequantize(codes: Tensor, scales: Tensor, *, bits: Bits) -> Tensor:
-    """The weight (O, I) in fp32 that `quantize` stands for."""
+    """The weight (O, I) in fp32 that `quantize` stands for, with its filler."""
     tiles, blocks, _ = codes.shape
     parts = codes.view(tiles, blocks, -1, TILE, QUARTER)
     if bits == 4:
@@ -97,17 +99,18 @@ class QuantizedLinear(nn.Module):
         rows = x.numel() // self.in_features
         kernel = find_kernel() if rows <= KERNEL_ROWS else None
         if kernel is None:
-            return F.linear(x.float(), dequantize(self.codes, self.scales, bits=self.bits), self.bias)
+            weight_OI = dequantize(self.codes, self.scales, bits=self.bits)[: self.out_features]
+            return F.linear(x.float(), weight_OI, self.bias)
         x = x.float().contiguous()
-        out = x.new_empty(*x.shape[:-1], self.out_features)
-        bias = 0 if self.bias is None else self.bias.data_ptr()
-        failed = kernel.linear(
-            x.data_ptr(), rows, self.in_features, self.codes.data_ptr(), self.scales.data_ptr(), bias, out.data_ptr(),
-            self.out_features, self.bits,
-        )  # fmt: skip
+        outputs = len(self.codes) * TILE
+        out = x.new_empty(*x.shape[:-1], outputs)
+        weight = self.codes.data_ptr(), self.scales.data_ptr()
+        failed = kernel.linear(x.data_ptr(), rows, self.in_features, *weight, out.data_ptr(), outputs, self.bits)
         if failed:
             raise MemoryError("no memory for the activations of a quantized product")
-        return out
+        if outputs != self.out_features:
+            out = out[..., : self.out_features]
+        return out if self.bias is None else out + self.bias
 
 
 @torch.no_grad()
@@ -115,11 +118,11 @@ def quantize_linears(module: nn.Module, *, bits: Bits, where: str = "model") -> 
     """Replaces every `nn.Linear` inside a module by a quantized one; each is let go before the next is made.
 
     Raises:
-        ModelError: if blocks and tiles do not divide a weight; nothing is replaced then.
+        ModelError: if blocks do not divide a weight's inputs; nothing is replaced then.
     """
     linears = [(name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear)]
     for name, linear in linears:
-        check_fits(linear.out_features, linear.in_features, name=f"{where}.{name}")
+        check_fits(linear.in_features, name=f"{where}.{name}")
     while linears:
         name, linear = linears.pop()
         parent, _, child = name.rpartition(".")

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from mars.errors import RequestError
 from mars.model.cache import Cache, Prefix, StaticCache
 from mars.model.config import ModelConfig
 from mars.model.layers import Expert, Linear, Norm, Rotary
@@ -49,6 +50,8 @@ class MarsTransformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.released = False
+        """Whether the language expert has been let go."""
         language, width = config.language, config.visual_width
         self.vocabulary = Vocabulary(text_size=language.vocab_size, num_codes=config.num_codes)
         self.rotary = Rotary(language.head_width, theta=language.rope_theta)
@@ -70,7 +73,13 @@ class MarsTransformer(nn.Module):
             )
 
     def forward(self, segment: Segment, cache: Cache) -> Tensor:
-        """Runs a segment after what the cache holds; returns its final hidden states (B, T, D)."""
+        """Runs a segment after what the cache holds; returns its final hidden states (B, T, D).
+
+        Raises:
+            RequestError: for text once the language expert has been released.
+        """
+        if self.released and segment.modality is Modality.TEXT:
+            raise RequestError("the language expert was released after its prompt; open the model again")
         positions_BT, masks = cache.begin(segment)
         x_BTD = self.embed(segment)
         rotary = self.rotary.at(positions_BT, longest=cache.longest, dtype=x_BTD.dtype)
@@ -83,8 +92,16 @@ class MarsTransformer(nn.Module):
             return cast(Tensor, self.language_norm(x_BTD))
         return cast(Tensor, self.visual_norm(x_BTD))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states, keys and values; tables may be kept in fewer bits."""
+        return self.language_norm.weight.dtype
+
     def embed(self, segment: Segment) -> Tensor:
         """Ids of one modality to the first hidden states (B, T, D)."""
+        return self._embed(segment).to(self.dtype)
+
+    def _embed(self, segment: Segment) -> Tensor:
         if segment.modality is Modality.TEXT:
             first = self.vocabulary.first_special
             codes = (segment.ids >= self.vocabulary.first_code) & (segment.ids < first)
@@ -105,9 +122,9 @@ class MarsTransformer(nn.Module):
 
     def text_logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits of text ids at text positions, (B, T, V): the LLM's own."""
-        if self.config.language.tied_embeddings:
-            return nn.functional.linear(hidden_BTD, self.language_embedding.weight)
-        return cast(Tensor, self.language_head(hidden_BTD))
+        if hasattr(self, "language_head"):
+            return cast(Tensor, self.language_head(hidden_BTD))
+        return nn.functional.linear(hidden_BTD, self.language_embedding.weight)
 
     def special_logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits of special and dead ids at text positions: how text predicts `<img>`."""
@@ -123,7 +140,7 @@ class MarsTransformer(nn.Module):
 
     def new_static_cache(self, *, batch: int, size: int, images_only: bool = False) -> StaticCache:
         """A cache for `batch` rows of at most `size` positions, for inference; loaded prefixes count as no text."""
-        language, weight = self.config.language, self.visual_embedding.weight
+        language = self.config.language
         return StaticCache(
             num_layers=language.num_layers,
             visual_layers=self.config.visual_layers,
@@ -131,9 +148,23 @@ class MarsTransformer(nn.Module):
             batch=batch,
             size=size,
             heads=(language.num_kv_heads, language.head_width),
-            dtype=weight.dtype,
-            device=weight.device,
+            dtype=self.dtype,
+            device=self.visual_embedding.weight.device,
         )
+
+    def release_language(self) -> None:
+        """Lets the language expert go, but for what it shares: image positions never read the rest."""
+        self.released = True
+        shared = {"attention_norm", "ffn_norm", "q_norm", "k_norm"} if self.config.semvie.share_norms else set()
+        if not self.config.semvie.duplicate_output:
+            shared.add("o_proj")
+        for layer in self.layers:
+            assert isinstance(layer, SemVIELayer)
+            for name in [name for name, _ in layer.language.named_children() if name not in shared]:
+                delattr(layer.language, name)
+        for name in ("language_embedding", "language_head"):
+            if hasattr(self, name):
+                delattr(self, name)
 
     def language_tensors(self) -> dict[str, Tensor]:
         """The frozen language expert, by name."""
@@ -152,14 +183,16 @@ def read_prefixes(transformer: MarsTransformer, rows: Sequence[Sequence[int]]) -
     return cache.prefixes(hidden_BTD)
 
 
-def build_transformer(config: ModelConfig, language: Mapping[str, Tensor]) -> MarsTransformer:
-    """A transformer around the given language tensors (used as they are, not copied); the visual side is left empty.
+def build_transformer(
+    config: ModelConfig, language: Mapping[str, Tensor], *, visual: Mapping[str, Tensor] | None = None
+) -> MarsTransformer:
+    """A transformer around the given tensors (used as they are, not copied); without `visual` that side is left empty.
 
     The language expert is frozen by `requires_grad`, so gradients still pass through it.
     """
     with torch.device("meta"):
         transformer = MarsTransformer(config)
-    transformer.load_state_dict(dict(language), strict=False, assign=True)
+    transformer.load_state_dict({**language, **(visual or {})}, strict=False, assign=True)
     for name, weight in transformer.named_parameters():
         if is_language(name):
             assert not weight.is_meta, f"the language model lacks {name}"

@@ -1,0 +1,61 @@
+"""How a model's weights are kept in memory: whole, or linear layers in 8 or 4 bits and tables in 16."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from mars.errors import ConfigError
+from mars.model.quantized import Bits, QuantizedLinear, quantize_linears
+from mars.model.transformer import MarsTransformer, is_language
+
+Precision = Literal["fp32", "int8", "int4"]
+_BITS: dict[str, Bits] = {"int8": 8, "int4": 4}
+
+
+def check_precision(precision: str) -> None:
+    """Raises ConfigError unless it is one of `Precision`."""
+    if precision not in get_args(Precision):
+        raise ConfigError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
+
+
+@torch.no_grad()
+def lower_precision(transformer: MarsTransformer, precision: Precision) -> None:
+    """Rounds a model's linear layers in place, one after the other; it can only draw and write from then on.
+
+    Tables stay at 16 bits, norms at 32: they are small. A head that is the embedding table becomes a layer of its own.
+
+    Raises:
+        ConfigError: for an unknown precision.
+        ModelError: if a width is no multiple of what 8 or 4 bits need; nothing is changed then.
+    """
+    check_precision(precision)
+    if precision == "fp32":
+        return
+    bits = _BITS[precision]
+    quantize_linears(transformer, bits=bits)
+    if not hasattr(transformer, "language_head"):
+        transformer.add_module("language_head", QuantizedLinear(transformer.language_embedding.weight, bits=bits))
+    for module in transformer.modules():
+        table = isinstance(module, nn.Embedding)
+        for name, weight in list(module.named_parameters(recurse=False)):
+            halves = weight.dtype if weight.dtype.itemsize == 2 else torch.float16
+            kept = nn.Parameter(weight.to(halves if table else torch.float32), requires_grad=False)
+            if isinstance(module, nn.ParameterDict):
+                module[name] = kept
+            else:
+                setattr(module, name, kept)
+
+
+def weights_held(transformer: MarsTransformer) -> dict[str, tuple[int, int]]:
+    """Weights and the bytes that they take, of the `language` expert and of everything `visual`."""
+    held = {"language": (0, 0), "visual": (0, 0)}
+    for name, module in transformer.named_modules():
+        tensors = list(module.named_parameters(recurse=False)) + list(module.named_buffers(recurse=False))
+        for own, tensor in tensors:
+            part = "language" if is_language(f"{name}.{own}".lstrip(".")) else "visual"
+            count, size = tensor.numel(), tensor.numel() * tensor.element_size()
+            if isinstance(module, QuantizedLinear) and own != "bias":
+                count = module.out_features * module.in_features if own == "codes" else 0
+            held[part] = held[part][0] + count, held[part][1] + size
+    return held
