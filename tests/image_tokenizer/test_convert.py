@@ -138,6 +138,15 @@ def test_codes_and_pictures_are_those_of_diffusers_at_published_sizes(
     check_against_diffusers(ours, oracle, size=(64, 64))
 
 
+@pytest.mark.slow
+def test_a_folder_of_amused_is_read_as_it_is_at_its_published_size(vq_model: Any, tmp_path: Path) -> None:
+    oracle = vq_model(**EXACT["openmuse"])
+    oracle.save_pretrained(tmp_path / "vqvae")
+    ours = convert_image_tokenizer(tmp_path)
+    assert ours.config == ImageTokenizerConfig(pixel_range=(0.0, 1.0))
+    check_against_diffusers(ours, oracle, size=(64, 64))
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_a_folder_of_amused_is_read_as_it_is(size: tuple[int, int], vq_model: Any, tmp_path: Path) -> None:
     oracle = vq_model(middle=False, channels=(32, 64, 64), latent=8)
@@ -227,45 +236,63 @@ def test_codes_and_pictures_of_llamagen_are_those_of_janus_at_published_sizes(
     check_llamagen(oracle, llamagen_tensors(oracle), folder=tmp_path, size=(64, 64))
 
 
-def show_o_tensors(vq_model: Any, taming_tensors: Callable[[nn.Module], Tensors]) -> tuple[Any, Any, Tensors]:
-    """An encoder, a decoder and their tensors as Show-o stores them: uneven depths, other widths on each side."""
-    encoder, decoder = vq_model(channels=(32, 64, 64), width=16), vq_model(channels=(32, 32, 64), width=16)
-    for level, blocks in enumerate((2, 1, 2)):
-        del encoder.encoder.down_blocks[level].resnets[blocks:]
-    for level, blocks in enumerate((1, 2, 3)):
-        del decoder.decoder.up_blocks[2 - level].resnets[blocks:]
+@torch.no_grad()
+def check_show_o(
+    encoder: Any, decoder: Any, taming_tensors: Callable[[nn.Module], Tensors], *, folder: Path, size: tuple[int, int]
+) -> ImageTokenizer:
+    """Of two VQModels, the encoder of one and the decoder of the other."""
+    bits = encoder.quant_conv.out_channels
     tensors = {name: tensor for name, tensor in taming_tensors(encoder).items() if name.startswith("encoder.")}
     tensors |= {name: tensor for name, tensor in taming_tensors(decoder).items() if name.startswith("decoder.")}
-    for kind, tensor in encoder.quant_conv.state_dict().items():
-        tensors[f"encoder.quant_conv.{kind}"] = tensor[:6]
-    for kind, tensor in decoder.post_quant_conv.state_dict().items():
-        tensors[f"decoder.post_quant_conv.{kind}"] = tensor[:, :6] if kind == "weight" else tensor
-    tensors["quantize.embedding"] = torch.zeros(64, 6)
-    tensors["quantize.power_vals"] = 2 ** torch.arange(5, -1, -1)
-    return encoder, decoder, {name: tensor.contiguous() for name, tensor in tensors.items()}
+    tensors |= {f"encoder.quant_conv.{kind}": tensor for kind, tensor in encoder.quant_conv.state_dict().items()}
+    tensors |= {f"decoder.post_quant_conv.{kind}": one for kind, one in decoder.post_quant_conv.state_dict().items()}
+    powers = 2 ** torch.arange(bits - 1, -1, -1)
+    tensors |= {"quantize.embedding": torch.zeros(2**bits, bits), "quantize.power_vals": powers}
+    save_file(tensors, folder / "pytorch_model.safetensors")
+    ours = convert_image_tokenizer(folder)
+    images = torch.rand(1, 3, *size)
+    latents = encoder.encode(images * 2 - 1).latents
+    assert float(latents.abs().min()) > 1e-5  # else rounding could change a sign
+    # A bit is a sign, and the first channel is the highest bit.
+    signs = latents > 0
+    codes = ours.encode(images)
+    assert torch.equal(codes.flatten(), (flat(signs) * powers).sum(dim=1))
+    assert codes.unique().numel() > 5
+    picture = decoder.decoder(decoder.post_quant_conv(signs * 2.0 - 1))
+    vectors = ours.quantizer.decode(codes).permute(0, 3, 1, 2)
+    torch.testing.assert_close(ours.to_images(vectors) * 2 - 1, picture, atol=1e-4, rtol=0)
+    return ours
 
 
-@torch.no_grad()
+def shorten(levels: Any, blocks: tuple[int, ...]) -> None:
+    """Leaves so many residual blocks in each level of one half of a VQModel."""
+    for level, count in zip(levels, blocks, strict=True):
+        del level.resnets[count:]
+
+
 @pytest.mark.parametrize("size", [(16, 16), (8, 24)], ids=str)
 def test_codes_and_pictures_of_show_o_follow_its_rule(
     size: tuple[int, int], vq_model: Any, taming_tensors: Callable[[nn.Module], Tensors], tmp_path: Path
 ) -> None:
-    encoder, decoder, tensors = show_o_tensors(vq_model, taming_tensors)
-    save_file(tensors, tmp_path / "pytorch_model.safetensors")
-    ours = convert_image_tokenizer(tmp_path)
-    assert (ours.config.code_choice, ours.config.down_blocks, ours.config.up_blocks) == ("lfq", (2, 1, 2), (1, 2, 3))
-    images = torch.rand(1, 3, *size)
-    latents = encoder.encode(images * 2 - 1).latents[:, :6]
-    # Bits from signs, the first channel being the highest bit.
-    bits = flat(latents) > 0
-    codes = ours.encode(images)
-    assert torch.equal(codes.flatten(), (bits * tensors["quantize.power_vals"]).sum(dim=1))
-    assert codes.unique().numel() > 3
-    signs = (bits * 2.0 - 1).view(*codes.shape, 6).permute(0, 3, 1, 2)
-    weight, bias = tensors["decoder.post_quant_conv.weight"], tensors["decoder.post_quant_conv.bias"]
-    picture = decoder.decoder(F.conv2d(signs, weight, bias))
-    vectors = ours.quantizer.decode(codes).permute(0, 3, 1, 2)
-    torch.testing.assert_close(ours.to_images(vectors) * 2 - 1, picture, atol=1e-4, rtol=0)
+    encoder = vq_model(channels=(32, 64, 64), latent=6, width=6)
+    decoder = vq_model(channels=(32, 32, 64), latent=6, width=6)
+    shorten(encoder.encoder.down_blocks, (2, 1, 2))
+    shorten(decoder.decoder.up_blocks, (3, 2, 1))
+    config = check_show_o(encoder, decoder, taming_tensors, folder=tmp_path, size=size).config
+    assert (config.code_choice, config.down_blocks, config.up_blocks) == ("lfq", (2, 1, 2), (1, 2, 3))
+    assert (config.channels, config.up_channels) == ((32, 64, 64), (32, 32, 64))
+
+
+@pytest.mark.slow
+def test_codes_and_pictures_of_show_o_follow_its_rule_at_published_sizes(
+    vq_model: Any, taming_tensors: Callable[[nn.Module], Tensors], tmp_path: Path
+) -> None:
+    shape: dict[str, Any] = {"latent": 13, "width": 13, "codes": 8192}
+    encoder = vq_model(channels=(128, 256, 256, 512, 512), blocks=4, **shape)
+    decoder = vq_model(channels=(128, 128, 256, 256, 512), blocks=3, **shape)
+    shorten(encoder.encoder.down_blocks, (4, 3, 4, 3, 4))
+    shorten(decoder.decoder.up_blocks, (3, 4, 3, 4, 4))
+    check_show_o(encoder, decoder, taming_tensors, folder=tmp_path, size=(64, 64))
 
 
 def tiny_tensors(family: str = "taming", **changes: Any) -> Tensors:

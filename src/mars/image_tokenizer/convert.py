@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -87,6 +88,8 @@ def _build(
         for name in ("quant_conv.weight", "quant_conv.bias"):
             state[name] = state[name].flip(0)
         state["post_quant_conv.weight"] = state["post_quant_conv.weight"].flip(1)
+    if config.code_choice == "cosine":  # their rule reads unit rows; so that neighbours among codes are found by it too
+        state["quantizer.embedding.weight"] = F.normalize(state["quantizer.embedding.weight"], dim=1)
     tokenizer.load_state_dict({name: tensor.contiguous() for name, tensor in state.items()}, assign=True)
     return tokenizer.eval().requires_grad_(False)
 
