@@ -2,10 +2,13 @@ import errno
 import json
 import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +18,18 @@ from mars import checkpoint
 from mars.checkpoint import (
     atomic_folder,
     check_tensors,
+    load_image_tokenizer,
     load_into,
+    load_model,
     read_json,
     read_tensors,
     recover_folder,
+    save_image_tokenizer,
     save_tensors,
     write_json,
 )
 from mars.errors import CheckpointError
+from mars.image_tokenizer.model import ImageTokenizer
 from mars.model.language_tensors import tensors_digest
 
 OLD = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3)}
@@ -283,3 +290,31 @@ def test_the_digest_changes_with_any_byte_name_shape_or_dtype() -> None:
 
 def test_the_digest_reads_half_precision() -> None:
     assert tensors_digest({"a": torch.ones(3).bfloat16()}) != tensors_digest({"a": torch.ones(3).half()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_codes": 32}, "needs an image tokenizer of 64 codes, got 32; use the image tokenizer that"),
+        ({"patch": 8}, "needs an image tokenizer of 16x16 pixels per code, got 8x8; use the image tokenizer that"),
+    ],
+)
+def test_a_model_with_an_image_tokenizer_of_another_kind_is_refused(
+    tiny_model: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"factor": 16})
+    load_model(folder)
+    theirs = load_image_tokenizer(folder)[0].config
+    save_image_tokenizer(folder, ImageTokenizer(replace(theirs, **changes)))
+    with pytest.raises(CheckpointError, match=f"model {message}"):
+        load_model(folder)
+
+
+def test_a_folder_that_does_not_know_its_factor_still_loads(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    table = read_json(tmp_path / "model" / "config.json")
+    del table["factor"]
+    write_json(tmp_path / "model" / "config.json", table)
+    assert load_model(tmp_path / "model").info.factor is None

@@ -176,11 +176,15 @@ class ModelInfo:
     language_digest: str
     grids: tuple[tuple[int, int], ...]
     """(rows, columns) of the code grids that it was trained on."""
+    factor: int | None = None
+    """Pixels on each side of a code, by which a grid becomes a size; folders written before it was kept have none."""
     format: str = FORMAT
 
     def __post_init__(self) -> None:
         if not self.grids or not all(rows > 0 and columns > 0 for rows, columns in self.grids):
             raise ConfigError(f"grids must hold at least one [rows, columns] above 0, got {list(self.grids)}")
+        if self.factor is not None and self.factor < 1:
+            raise ConfigError(f"factor must be at least 1, got {self.factor}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +222,29 @@ def load_image_tokenizer(folder: Path) -> tuple[ImageTokenizer, dict[str, Tensor
         raise CheckpointError(f"{folder / 'image_tokenizer.json'} is wrong: {error}") from None
     load_into(tokenizer, tensors, where=str(folder / "image_tokenizer.safetensors"))
     return tokenizer.eval().requires_grad_(False), tensors
+
+
+def check_image_tokenizer(
+    config: ImageTokenizerConfig, *, num_codes: int, factor: int | None = None, where: str
+) -> None:
+    """Compares an image tokenizer with what a model was trained with.
+
+    Args:
+        num_codes: of the transformer, whose tables have a row per code.
+        factor: pixels on each side of a code; None if it is not known.
+        where: the model, for the message.
+
+    Raises:
+        CheckpointError: if the number of codes or the factor is another.
+    """
+    kept = "use the image tokenizer that it was trained with"
+    if config.num_codes != num_codes:
+        raise CheckpointError(f"{where} needs an image tokenizer of {num_codes} codes, got {config.num_codes}; {kept}")
+    if factor is not None and config.factor != factor:
+        raise CheckpointError(
+            f"{where} needs an image tokenizer of {factor}x{factor} pixels per code, "
+            f"got {config.factor}x{config.factor}; {kept}"
+        )
 
 
 def codes_digest(tokenizer: ImageTokenizer) -> str:
@@ -280,6 +307,8 @@ def load_model(
         raise ModelError(f"no model at {folder}; name a folder that holds config.json and visual.safetensors")
     check_precision(precision)
     info, config = read_info(folder)
+    image_tokenizer, codec = load_image_tokenizer(folder)  # before the LLM, which may take long
+    check_image_tokenizer(image_tokenizer.config, num_codes=config.num_codes, factor=info.factor, where=str(folder))
     stored = read_tensors(folder / "visual.safetensors")
     llm = open_base_llm(info.language, notify=notify)
     if llm.digest != info.language_digest:
@@ -290,11 +319,6 @@ def load_model(
     if llm.config != config.language:
         raise CheckpointError(f"{folder / 'config.json'} does not describe {info.language}; its language part is wrong")
     transformer = _build(config, llm.tensors, stored, where=str(folder / "visual.safetensors"), precision=precision)
-    image_tokenizer, codec = load_image_tokenizer(folder)
-    if image_tokenizer.config.num_codes != config.num_codes:
-        raise CheckpointError(
-            f"{folder} needs an image tokenizer of {config.num_codes} codes, got {image_tokenizer.config.num_codes}"
-        )
     return MarsModel(
         info=info,
         transformer=transformer.eval(),

@@ -179,7 +179,7 @@ def test_a_whole_run_leaves_a_model_a_log_and_samples(stage: Stage, tmp_path: Pa
         "image_tokenizer": trainer.loader.image_tokenizer,
     }  # fmt: skip
     model = load_model(run / "model")
-    assert model.info.grids == ((2, 3),)
+    assert (model.info.grids, model.info.factor) == (((2, 3),), 16)
     for name, weight in trainer.transformer.visual_tensors().items():
         assert torch.equal(model.transformer.visual_tensors()[name], weight.half().float())
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
@@ -210,6 +210,25 @@ def test_a_visual_expert_of_other_shapes_cannot_be_continued(stage: Stage, tiny_
     table["model"]["semvie"]["visual_ffn"] = 44
     with pytest.raises(CheckpointError, match="other shapes than the configuration"):
         start(table)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"factor": 8}, "needs an image tokenizer of 8x8 pixels per code, got 16x16; use the image tokenizer that"),
+        ({"model": {"num_codes": 32}}, "needs an image tokenizer of 32 codes, got 64; use the image tokenizer that"),
+    ],
+)
+def test_a_visual_expert_of_another_image_tokenizer_cannot_be_continued(
+    stage: Stage, tiny_model: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "other")
+    table = read_json(tiny_model / "config.json")
+    write_json(tmp_path / "other" / "config.json", table | change | {"model": table["model"] | change.get("model", {})})
+    stage_table = stage()
+    stage_table["model"] = stage_table["model"] | {"start_from": str(tmp_path / "other")}
+    with pytest.raises(CheckpointError, match=f"other {message}"):
+        start(stage_table)
 
 
 def test_codes_of_another_tokenizer_are_refused(stage: Stage, tmp_path: Path, tiny_codes: Path) -> None:

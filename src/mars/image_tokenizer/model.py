@@ -119,7 +119,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels to code vectors before quantization."""
+    """Pixels to latent vectors, from which `quant_conv` makes code vectors."""
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
@@ -130,16 +130,16 @@ class Encoder(nn.Module):
         for index, width in enumerate(channels):
             inputs = channels[max(index - 1, 0)]
             attention = index in config.attention_levels
-            level = Level(inputs, width, blocks=config.blocks_per_level, attention=attention, groups=groups)
+            level = Level(inputs, width, blocks=config.down_blocks[index], attention=attention, groups=groups)
             if index < len(channels) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
         self.mid = Middle(channels[-1], attention=config.middle_attention, groups=groups)
         self.norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], config.code_width, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels[-1], config.latent, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, height, width) in the pixel range -> (B, Z, R, C)."""
+        """(B, 3, height, width) in the pixel range -> (B, latent channels, R, C)."""
         x = self.conv_in(self.stem(images))
         for level in self.down:
             x = level(x)
@@ -148,18 +148,18 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Code vectors to pixels. `up[0]` is the finest level, as in taming."""
+    """Latent vectors to pixels. `up[0]` is the finest level, as in taming."""
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
-        channels, groups = config.channels, config.norm_groups
-        self.conv_in = nn.Conv2d(config.code_width, channels[-1], 3, padding=1)
+        channels, groups = config.up_channels, config.norm_groups
+        self.conv_in = nn.Conv2d(config.latent, channels[-1], 3, padding=1)
         self.mid = Middle(channels[-1], attention=config.middle_attention, groups=groups)
         self.up = nn.ModuleList()
         for index, width in enumerate(channels):
             inputs = channels[min(index + 1, len(channels) - 1)]
             attention = index in config.attention_levels
-            level = Level(inputs, width, blocks=config.blocks_per_level + 1, attention=attention, groups=groups)
+            level = Level(inputs, width, blocks=config.up_blocks[index], attention=attention, groups=groups)
             if index > 0:
                 level.upsample = Upsample(width)
             self.up.append(level)
@@ -173,7 +173,7 @@ class Decoder(nn.Module):
         return self.conv_out.weight
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """(B, Z, R, C) -> (B, 3, height, width) in the pixel range."""
+        """(B, latent channels, R, C) -> (B, 3, height, width) in the pixel range."""
         x = self.mid(self.conv_in(vectors))
         for level in reversed(self.up):
             x = level(x)
@@ -188,9 +188,9 @@ class ImageTokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.quant_conv = nn.Conv2d(config.code_width, config.code_width, 1)
+        self.quant_conv = nn.Conv2d(config.latent, config.code_width, 1)
         self.quantizer = Quantizer(config)
-        self.post_quant_conv = nn.Conv2d(config.code_width, config.code_width, 1)
+        self.post_quant_conv = nn.Conv2d(config.code_width, config.latent, 1)
         self.decoder = Decoder(config)
 
     def to_vectors(self, images: Tensor) -> Tensor:

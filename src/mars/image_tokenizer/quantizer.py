@@ -10,6 +10,12 @@ from torch import Tensor, nn
 from mars.image_tokenizer.config import ImageTokenizerConfig
 
 
+def sign_codebook(width: int) -> Tensor:
+    """The codebook of `lfq`, (2 ** Z, Z): code i is the signs of the bits of i, lowest bit first."""
+    bits = torch.arange(2**width)[:, None] >> torch.arange(width) & 1
+    return bits * 2.0 - 1
+
+
 class Quantizer(nn.Module):
     """Chooses the code of each vector; `embedding` is the codebook (V, Z).
 
@@ -24,9 +30,8 @@ class Quantizer(nn.Module):
         self.embedding = nn.Embedding(config.num_codes, config.code_width)
         nn.init.uniform_(self.embedding.weight, -1 / config.num_codes, 1 / config.num_codes)
         self.register_buffer("bias", torch.zeros(config.num_codes))
-        if self.choice == "lfq":  # code i is the signs of the bits of i, lowest bit first: nothing is learned
-            bits = torch.arange(config.num_codes)[:, None] >> torch.arange(config.code_width) & 1
-            self.embedding.weight.requires_grad_(False).copy_(bits * 2.0 - 1)
+        if self.choice == "lfq":  # nothing is learned
+            self.embedding.weight.requires_grad_(False).copy_(sign_codebook(config.code_width))
 
     def encode(self, vectors_NZ: Tensor) -> Tensor:
         """The code of each vector, (N,) int64."""

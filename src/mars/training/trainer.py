@@ -13,6 +13,7 @@ from torch import Tensor
 from mars.checkpoint import (
     ModelInfo,
     atomic_folder,
+    check_image_tokenizer,
     codes_digest,
     copy_tensors,
     load_image_tokenizer,
@@ -84,6 +85,7 @@ class Trainer:
             language=config.model.language,
             language_digest=llm.digest,
             grids=((grid[0], grid[1]),),
+            factor=self.image_tokenizer.config.factor,
         )
         visual = self.transformer.visual_tensors()
         named = [(name, visual[name]) for name in sorted(visual)]
@@ -226,6 +228,8 @@ class Trainer:
 
     def _load_visual(self, folder: Path) -> None:
         info, shapes = read_info(folder)
+        codec = self.image_tokenizer.config
+        check_image_tokenizer(codec, num_codes=shapes.num_codes, factor=info.factor, where=str(folder))
         if shapes != self.transformer.config:
             raise CheckpointError(f"{folder} has other shapes than the configuration; make [model.semvie] the same")
         if info.language_digest != self.info.language_digest:
