@@ -13,6 +13,7 @@ Letters: H query heads, E head width.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
@@ -89,20 +90,24 @@ the norms and the image tokenizer at 16 bits."""
 
 
 def weight_bytes(transformer: MarsTransformer, image_tokenizer: ImageTokenizer, storage: Storage) -> dict[str, int]:
-    """Bytes of the weights of each part, the image tokenizer's too, and those that drawing one code reads.
+    """Bytes of the weights of each part, the image tokenizer's too, and two sums of them.
 
-    The last counts the visual layers and the head for codes, with what they share with the language expert: what
-    memory must deliver per code, the cache apart.
+    `read per code` is what memory must deliver for one code, the cache and one row of the embedding apart: the visual
+    layers, the head for codes, and what the language expert shares with them. `kept after the prompt` is what is left
+    when the language expert is dropped once the prompt is read.
     """
     names = ("language layers", "language tables", "visual layers", "visual tables", "image tokenizer")
-    sizes = dict.fromkeys((*names, "read per drawn code"), 0)
+    sizes = dict.fromkeys((*names, "kept after the prompt", "read per code"), 0)
     read = _read_per_code(transformer)
     for name, weight in transformer.named_parameters():
         size = storage.size(weight, matrix=weight.dim() == 2 and part_of(name).endswith("layers"))
         sizes[part_of(name)] += size
-        sizes["read per drawn code"] += size if name in read else 0
+        sizes["read per code"] += size if name in read else 0
+        sizes["kept after the prompt"] += size if name in read or not is_language(name) else 0
     for weight in image_tokenizer.parameters():
-        sizes["image tokenizer"] += storage.size(weight, matrix=False)
+        size = storage.size(weight, matrix=False)
+        sizes["image tokenizer"] += size
+        sizes["kept after the prompt"] += size
     return sizes
 
 
@@ -212,6 +217,7 @@ class FlopCount:
         return 3 * forward - positions * (2 * unused + self.frozen * (self.visual_layers - 1))
 
 
+@cache
 def image_tokenizer_flops(config: ImageTokenizerConfig, *, grid: tuple[int, int]) -> tuple[int, int]:
     """FLOPs to encode and to decode a picture of `grid` (rows, columns) codes, counted by PyTorch on meta tensors."""
     tokenizer, (rows, columns) = meta_image_tokenizer(config), grid
