@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,3 +77,8 @@ def test_a_plan_can_be_made_for_other_machines_and_data(qwen: dict[str, Any]) ->
 def test_an_unknown_preset_is_an_error() -> None:
     with pytest.raises(RequestError, match="preset must be a known name, got 'qwen'"):
         describe_preset("qwen")
+
+
+def test_the_page_of_the_papers_size_shows_what_the_program_says(qwen: dict[str, Any]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "paper-scale.md").read_text(encoding="utf-8")
+    assert page.split("```")[1].strip() == render_preset(qwen).strip()
