@@ -118,8 +118,10 @@ def test_drawing_a_code_reads_what_is_said_and_nothing_else(build: Build, option
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_cache_takes_what_is_said(build: Build, options: dict[str, Any]) -> None:
     real = build(**options)
-    cache = real.new_static_cache(batch=3, size=17)
-    assert cache_bytes(meta_transformer(real.config), itemsize=4) * 3 * 17 == cache.store.nbytes
+    told = cache_bytes(meta_transformer(real.config), itemsize=4)
+    for name, images_only in (("drawing", True), ("writing text", False)):
+        cache = real.new_static_cache(batch=3, size=17, images_only=images_only)
+        assert told[name] * 3 * 17 == cache.store.nbytes
 
 
 def request(prompt: int, *, guidance: float) -> DrawRequest:

@@ -126,12 +126,14 @@ def _read_per_code(transformer: MarsTransformer) -> set[str]:
     }
 
 
-def cache_bytes(transformer: MarsTransformer, *, itemsize: int) -> int:
-    """Bytes of keys and values that a position takes in a row of the cache for inference.
-
-    Layers without a visual expert are counted too, although image positions leave them empty.
-    """
-    return transformer.new_static_cache(batch=1, size=1).store.numel() * itemsize
+def cache_bytes(transformer: MarsTransformer, *, itemsize: int) -> dict[str, int]:
+    """Bytes of keys and values that a position takes in a row of the cache: when drawing, which uses the layers with a
+    visual expert, and when writing text."""
+    held = {"drawing": True, "writing text": False}
+    return {
+        name: transformer.new_static_cache(batch=1, size=1, images_only=images_only).store.numel() * itemsize
+        for name, images_only in held.items()
+    }
 
 
 def _matrices(module: nn.Module) -> int:
