@@ -1,7 +1,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from mars.model.costs import (
     part_of,
     weight_bytes,
 )
+from mars.model.quantized import QuantizedLinear
 from mars.model.transformer import MarsTransformer, read_prefixes
 from mars.sequence.layout import drawn_image, read_image
 from mars.training.losses import captioning_loss, text_to_image_loss
@@ -78,11 +79,17 @@ def test_small_weights_have_scales_and_leave_the_tables_alone(build: Build) -> N
     # (outputs, inputs) of q, k, v, o, gate, up, down
     shapes = [(width, width), (keys, width), (keys, width), (width, width), (ffn, width), (ffn, width), (width, ffn)]
     weights, rows = sum(a * b for a, b in shapes), sum(a for a, _ in shapes)
-    assert sizes["int8"]["visual layers"] == 3 * (weights + 2 * rows)
     # down's 48 inputs are a group of 32 and one of 16
+    assert sizes["int8"]["visual layers"] == 3 * (weights + 2 * (rows + width))
     assert sizes["int4"]["visual layers"] == 3 * (weights // 2 + 2 * (rows + width))
     wide = Storage(bits=4, other_bytes=2, group=64)
     assert weight_bytes(meta, codec, wide)["visual layers"] == 3 * (weights // 2 + 2 * rows)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4)])
+def test_small_weights_take_what_a_quantized_layer_takes(name: str, bits: Literal[4, 8]) -> None:
+    weight = torch.randn(48, 96)
+    assert STORAGES[name].size(weight, matrix=True) == QuantizedLinear(weight, bits=bits).num_bytes
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -23,6 +23,7 @@ from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.image_tokenizer.model import ImageTokenizer
 from mars.model.config import ModelConfig
 from mars.model.layers import Expert
+from mars.model.quantized import BLOCK
 from mars.model.semvie import SemVIELayer
 from mars.model.transformer import MarsTransformer, is_language
 
@@ -65,7 +66,6 @@ class Storage:
     bits: int
     other_bytes: int
     group: int | None = None
-    """Inputs that share a scale; 0 is a whole row."""
     scale_bytes: int = 2
 
     def size(self, weight: torch.Tensor, *, matrix: bool) -> int:
@@ -75,18 +75,18 @@ class Storage:
         scales = 0
         if self.group is not None:
             outputs, inputs = weight.shape
-            scales = outputs * -(-inputs // (self.group or inputs))
+            scales = outputs * -(-inputs // self.group)
         return weight.numel() * self.bits // 8 + scales * self.scale_bytes
 
 
 STORAGES: Mapping[str, Storage] = {
     "fp32": Storage(bits=32, other_bytes=4),
     "bf16": Storage(bits=16, other_bytes=2),
-    "int8": Storage(bits=8, other_bytes=2, group=0),
-    "int4": Storage(bits=4, other_bytes=2, group=32),
+    "int8": Storage(bits=8, other_bytes=2, group=BLOCK),
+    "int4": Storage(bits=4, other_bytes=2, group=BLOCK),
 }
-"""int8 has an fp16 scale per output, int4 one per 32 inputs (4.5 bits a weight, as GGUF's Q4_0); both leave the tables,
-the norms and the image tokenizer at 16 bits."""
+"""int8 and int4 are those of `model.quantized`: an fp16 scale per 32 inputs, 8.5 and 4.5 bits a weight. Tables, norms and
+the image tokenizer are counted at 16 bits beside them."""
 
 
 def weight_bytes(transformer: MarsTransformer, image_tokenizer: ImageTokenizer, storage: Storage) -> dict[str, int]:
