@@ -85,8 +85,8 @@ STORAGES: Mapping[str, Storage] = {
     "int8": Storage(bits=8, other_bytes=2, group=BLOCK),
     "int4": Storage(bits=4, other_bytes=2, group=BLOCK),
 }
-"""int8 and int4 are those of `model.quantized`: an fp16 scale per 32 inputs, 8.5 and 4.5 bits a weight. Tables, norms and
-the image tokenizer are counted at 16 bits beside them."""
+"""int8 and int4 are those of `model.quantized`: an fp16 scale per 32 inputs, 8.5 and 4.5 bits a weight. Tables, norms
+and the image tokenizer are counted at 16 bits beside them."""
 
 
 def weight_bytes(transformer: MarsTransformer, image_tokenizer: ImageTokenizer, storage: Storage) -> dict[str, int]:
