@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mars import cli, pipeline
-from mars.cli import drawing
+from mars.cli import data, drawing
 from mars.data import scenes
 from mars.data.shards import read_codes, read_pictures
 from mars.pipeline import MarsPipeline
@@ -440,7 +440,7 @@ def test_encoding_moves_a_bar(run: Run, model: Path, tiny_pictures: Path, monkey
     def bar(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: moved.append((what, done, total))
 
-    monkeypatch.setattr(cli, "bar", bar)
+    monkeypatch.setattr(data, "bar", bar)
     assert run("data", "encode", tiny_pictures, "--image-tokenizer", model, "--out", "s.parquet")[0] == 0
     assert moved == [("encoding", 32, 32)]
 
@@ -507,7 +507,7 @@ def test_an_interruption_is_one_line(run: Run, tiny_model: Path, monkeypatch: py
     def interrupted(*arguments: Any, **named: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_open", interrupted)
+    monkeypatch.setattr(cli, "open_pipeline", interrupted)
     assert run("x", "--model", tiny_model) == (130, "", "mars: interrupted\n")
     assert here() == []
     monkeypatch.setattr(scenes, "make_scenes", interrupted)
@@ -518,7 +518,7 @@ def test_a_package_that_is_not_installed_is_one_line(
     run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.setattr(cli, "_open", lambda _: __import__("pyarrow"))
+    monkeypatch.setattr(cli, "open_pipeline", lambda *_, **__: __import__("pyarrow"))
     one_line(run("x", "--model", tiny_model), "needs the package pyarrow", "pip install", code=1)
 
 

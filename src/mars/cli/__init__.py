@@ -5,20 +5,30 @@ import os
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: waiting threads sleep
 
 import typer
 from typer.core import TyperGroup
 
+from mars.cli.convert import convert_app
+from mars.cli.data import data_app
+from mars.cli.options import (
+    Debug,
+    Guidance,
+    Json,
+    Model,
+    Precision,
+    Temperature,
+    TopK,
+    TopP,
+    open_pipeline,
+    sampling_of,
+    say,
+)
 from mars.cli.progress import bar
-from mars.errors import MarsError, PromptError
-
-if TYPE_CHECKING:
-    from mars.generation.sampling import Sampling
-    from mars.pipeline import MarsPipeline
-
+from mars.errors import MarsError, PromptError, RequestError
 
 _UsageError: Any = typer.BadParameter.__bases__[0]
 """Click's; newer versions of Typer carry a Click of their own."""
@@ -32,13 +42,13 @@ class _OneLine(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            _say("mars: interrupted")
+            say("mars: interrupted")
             raise typer.Exit(130) from None
         except _UsageError as error:
             message = error.format_message()
             if len(message.splitlines()) != 1:  # the help of a group that was called without a command
                 raise
-            _say(f"mars: {message.rstrip('.')}; see {(error.ctx or ctx).command_path} --help")
+            say(f"mars: {message.rstrip('.')}; see {(error.ctx or ctx).command_path} --help")
             raise typer.Exit(error.exit_code) from None
 
 
@@ -50,41 +60,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Make and encode picture sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="A model's folder; default: the one that comes along.")
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.", is_eager=True)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-
-Guidance = Annotated[float | None, typer.Option(help="How closely to follow the prompt; 1 is no guidance.")]
-Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest code.")]
-TopK = Annotated[int | None, typer.Option(help="Choose among this many codes; 0 is all.")]
-TopP = Annotated[float | None, typer.Option(help="Choose among codes of this share of probability.")]
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr)  # noqa: T201
-
-
-def _open(model: str | None) -> "MarsPipeline":
-    from mars.pipeline import MarsPipeline
-
-    return MarsPipeline.from_pretrained(model, notify=_say)
-
-
-def _sampling(
-    *, guidance: float | None, temperature: float | None, top_k: int | None, top_p: float | None
-) -> "Sampling":
-    """The pipeline's settings, with what was asked for in their place."""
-    from dataclasses import replace
-
-    from mars.pipeline import DEFAULT_SAMPLING
-
-    asked: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    return replace(DEFAULT_SAMPLING, **{name: value for name, value in asked.items() if value is not None})
+app.add_typer(convert_app, name="convert")
 
 
 def _standard_input() -> str:
@@ -119,6 +96,7 @@ def generate(
     top_p: TopP = None,
     negative: Annotated[str, typer.Option(help="What guidance moves away from.")] = "",
     model: Model = None,
+    precision: Precision = "fp32",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -126,9 +104,9 @@ def generate(
     from mars.cli.drawing import draw_all, save, targets
 
     prompts = _prompts(prompt)
-    sampling = _sampling(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    sampling = sampling_of(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
     files = targets(out, n * len(prompts))
-    pipe = _open(model)
+    pipe = open_pipeline(model, precision=precision)
     pictures: list[dict[str, Any]] = []
     seconds: dict[str, float] = {}
     with bar("drawing") as progress:
@@ -151,6 +129,7 @@ def caption(
     image: Annotated[Path, typer.Argument(help="A PNG, JPEG or WebP file.")],
     lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
     model: Model = None,
+    precision: Precision = "fp32",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -158,7 +137,7 @@ def caption(
     from mars.picture import open_picture
 
     picture = open_picture(image)
-    text = _open(model).caption(picture, language=lang)
+    text = open_pipeline(model, precision=precision).caption(picture, language=lang)
     typer.echo(json.dumps({"file": str(image), "caption": text}, ensure_ascii=False) if as_json else text)
 
 
@@ -167,6 +146,7 @@ def chat(
     text: Annotated[list[str], typer.Argument(help="What to say; `-` reads standard input.")],
     max_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
     model: Model = None,
+    precision: Precision = "fp32",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -175,21 +155,37 @@ def chat(
     if not said.strip():
         raise PromptError("the text must not be empty; say something")
     if as_json:
-        answer = _open(model).chat(said, max_tokens=max_tokens)
+        answer = open_pipeline(model, precision=precision).chat(said, max_tokens=max_tokens)
         typer.echo(json.dumps({"text": said, "answer": answer}, ensure_ascii=False))
         return
-    _open(model).chat(said, max_tokens=max_tokens, emit=lambda piece: typer.echo(piece, nl=False))
+    open_pipeline(model, precision=precision).chat(
+        said, max_tokens=max_tokens, emit=lambda piece: typer.echo(piece, nl=False)
+    )
     typer.echo()
 
 
 @app.command()
 def info(
     model: Annotated[str | None, typer.Argument(help="A model's folder; default: the one that comes along.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Sizes and costs of a known shape, such as qwen-7b.")] = None,
+    gpu: Annotated[str, typer.Option(help="With --preset: what training is planned for.")] = "a100",
+    utilisation: Annotated[float | None, typer.Option(help="With --preset: share of the GPU's peak.")] = None,
+    pairs: Annotated[list[int] | None, typer.Option(help="With --preset: pairs of a stage; thrice.")] = None,
+    precision: Precision = "fp32",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show a model's parts, vocabulary, digests and memory."""
-    table = _open(model).describe()
+    """Show a model's parts, vocabulary, digests and memory, or what a known shape would cost."""
+    if preset is not None:
+        from mars.cli.preset import describe_preset, render_preset
+
+        if model is not None:
+            raise RequestError(f"name a model or a preset, not both, got {model} and {preset}")
+        asked: dict[str, Any] = {"utilisation": utilisation, "pairs": pairs}
+        figures = describe_preset(preset, gpu=gpu, **{name: value for name, value in asked.items() if value})
+        typer.echo(json.dumps(figures, ensure_ascii=False) if as_json else render_preset(figures))
+        return
+    table = open_pipeline(model, precision=precision).describe()
     if as_json:
         typer.echo(json.dumps(table, ensure_ascii=False))
         return
@@ -207,7 +203,7 @@ def train(
     """Train an image tokenizer or a stage of a model; run again to continue."""
     from mars.cli.training import start_training
 
-    start_training(config, overrides or [], say=_say, bar=bar)
+    start_training(config, overrides or [], say=say, bar=bar)
 
 
 @app.command(name="eval")
@@ -221,63 +217,23 @@ def evaluate(
     top_k: TopK = None,
     top_p: TopP = None,
     model: Model = None,
+    precision: Precision = "fp32",
     debug: Debug = False,
 ) -> None:
     """Measure how well pictures fit their prompts: retrieval among 100 true pictures, English and Chinese."""
     from mars.evaluation.benchmarks import retrieval_benchmark
 
-    sampling = _sampling(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    sampling = sampling_of(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
     report = retrieval_benchmark(
-        _open(model), pictures=pictures, out=out, prompts=prompts, seed=seed, sampling=sampling, say=_say
+        open_pipeline(model, precision=precision),
+        pictures=pictures,
+        out=out,
+        prompts=prompts,
+        seed=seed,
+        sampling=sampling,
+        say=say,
     )
     typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
-
-
-@data_app.command()
-def emoji(
-    out: Annotated[Path, typer.Option(help="The picture shard to write.")] = Path("data/emoji.tar"),
-    cache: Annotated[Path, typer.Option(help="Where npm packages are kept.")] = Path("data/npm"),
-    size: Annotated[int, typer.Option(help="Pixels on each side.", min=16)] = 128,
-    debug: Debug = False,
-) -> None:
-    """Render emoji artwork with English and Chinese captions (needs npm)."""
-    from mars.data.emoji import make_emoji
-    from mars.data.shards import write_pictures
-
-    typer.echo(f"{out}: {write_pictures(out, make_emoji(cache=cache, size=size)):,} pictures")
-
-
-@data_app.command()
-def scenes(
-    out: Annotated[Path, typer.Option(help="The picture shard to write.")] = Path("data/scenes.tar"),
-    count: Annotated[int, typer.Option(help="Pictures to draw.", min=1)] = 1500,
-    seed: int = 0,
-    size: Annotated[int, typer.Option(help="Pixels on each side.", min=64)] = 128,
-    debug: Debug = False,
-) -> None:
-    """Draw captioned scenes of shapes, colours, counts and places."""
-    from mars.data.scenes import make_scenes
-    from mars.data.shards import write_pictures
-
-    typer.echo(f"{out}: {write_pictures(out, make_scenes(count=count, seed=seed, size=size)):,} pictures")
-
-
-@data_app.command()
-def encode(
-    pictures: Annotated[Path, typer.Argument(help="A picture shard.")],
-    image_tokenizer: Annotated[Path, typer.Option(help="A folder with an image tokenizer.")],
-    out: Annotated[Path, typer.Option(help="The code shard to write.")],
-    debug: Debug = False,
-) -> None:
-    """Turn pictures into codes, which is what training reads."""
-    from mars.checkpoint import codes_digest, load_image_tokenizer
-    from mars.data.encode import encode_pictures
-
-    tokenizer, _ = load_image_tokenizer(image_tokenizer)
-    digest = codes_digest(tokenizer)
-    with bar("encoding") as progress:
-        count = encode_pictures(pictures, tokenizer=tokenizer, digest=digest, out=out, progress=progress)
-    typer.echo(f"{out}: {count:,} pictures")
 
 
 def _with_default_command(arguments: list[str]) -> list[str]:
@@ -297,16 +253,16 @@ def main() -> None:
     except MarsError as error:
         if "--debug" in arguments:
             raise
-        _say(f"mars: {error}")
+        say(f"mars: {error}")
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         if "--debug" in arguments or (error.name or "mars").split(".")[0] == "mars":
             raise
-        _say(f"mars: this needs the package {error.name}, which is not installed; run: pip install 'mars-t2i[all]'")
+        say(f"mars: this needs the package {error.name}, which is not installed; run: pip install 'mars-t2i[all]'")
         sys.exit(1)
     except OSError as error:
         if "--debug" in arguments:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        _say(f"mars: {where}{error.strerror or error}")
+        say(f"mars: {where}{error.strerror or error}")
         sys.exit(1)

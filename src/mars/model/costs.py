@@ -59,8 +59,8 @@ def count_parameters(transformer: MarsTransformer) -> dict[str, int]:
 class Storage:
     """How weights are kept.
 
-    `bits` are those of a matrix of an expert; with a `group`, each so many inputs of an output share a scale. Tables,
-    norms, biases and the image tokenizer keep `other_bytes` each.
+    `bits` are those of a matrix of an expert or a head; with a `group`, each so many inputs of an output share a scale.
+    Embedding tables, norms, biases and the image tokenizer keep `other_bytes` each.
     """
 
     bits: int
@@ -69,7 +69,7 @@ class Storage:
     scale_bytes: int = 2
 
     def size(self, weight: torch.Tensor, *, matrix: bool) -> int:
-        """Bytes of a tensor; `matrix` where it is a matrix of an expert."""
+        """Bytes of a tensor; `matrix` where it is a matrix of an expert or a head."""
         if not matrix:
             return weight.numel() * self.other_bytes
         scales = 0
@@ -100,7 +100,7 @@ def weight_bytes(transformer: MarsTransformer, image_tokenizer: ImageTokenizer, 
     sizes = dict.fromkeys((*names, "kept after the prompt", "read per code"), 0)
     read = _read_per_code(transformer)
     for name, weight in transformer.named_parameters():
-        size = storage.size(weight, matrix=weight.dim() == 2 and part_of(name).endswith("layers"))
+        size = storage.size(weight, matrix=weight.dim() == 2 and ("layers." in name or "_head." in name))
         sizes[part_of(name)] += size
         sizes["read per code"] += size if name in read else 0
         sizes["kept after the prompt"] += size if name in read or not is_language(name) else 0

@@ -1,0 +1,47 @@
+"""What commands share: options of the same meaning, and how a model is opened."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mars.generation.sampling import Sampling
+    from mars.pipeline import MarsPipeline
+
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="A model's folder; default: the one that comes along.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.", is_eager=True)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+Precision = Annotated[str, typer.Option(help="Of the weights in memory: fp32, int8 or int4.")]
+
+Guidance = Annotated[float | None, typer.Option(help="How closely to follow the prompt; 1 is no guidance.")]
+Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest code.")]
+TopK = Annotated[int | None, typer.Option(help="Choose among this many codes; 0 is all.")]
+TopP = Annotated[float | None, typer.Option(help="Choose among codes of this share of probability.")]
+
+
+def say(message: str) -> None:
+    """One line on standard error."""
+    print(message, file=sys.stderr)  # noqa: T201
+
+
+def open_pipeline(model: str | None, *, precision: str = "fp32") -> "MarsPipeline":
+    """The pipeline of a model's folder or hub id."""
+    from mars.pipeline import MarsPipeline
+
+    return MarsPipeline.from_pretrained(model, precision=precision, notify=say)  # type: ignore[arg-type]
+
+
+def sampling_of(
+    *, guidance: float | None, temperature: float | None, top_k: int | None, top_p: float | None
+) -> "Sampling":
+    """The pipeline's settings, with what was asked for in their place."""
+    from dataclasses import replace
+
+    from mars.pipeline import DEFAULT_SAMPLING
+
+    asked: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    return replace(DEFAULT_SAMPLING, **{name: value for name, value in asked.items() if value is not None})
