@@ -124,7 +124,8 @@ def _byte_level(tokens: GGUFTokens, source: str) -> Tokenizer:
 
 
 def _sentencepiece(tokens: GGUFTokens, source: str) -> Tokenizer:
-    """As transformers turns sentencepiece's BPE into a tokenizer.json (LlamaConverter): what no token covers is bytes."""
+    """Sentencepiece's BPE; what no token covers becomes bytes. Behind a control token a text begins anew, with its space,
+    as in llama.cpp."""
     if len(tokens.scores) != len(tokens.tokens) or tokens.kinds.count(_UNKNOWN) != 1 or tokens.normalized:
         raise ModelError(
             f"{source}: a 'llama' tokenizer must give a score per token and one unknown token, and leave text as it is, "
