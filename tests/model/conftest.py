@@ -151,7 +151,7 @@ def _metadata(architecture: str, config: LanguageConfig) -> dict[str, Any]:
 
 @pytest.fixture
 def write_hub_folder(tmp_path: Path) -> Callable[..., tuple[Path, dict[str, torch.Tensor]]]:
-    """Has `transformers` save a tiny random model; returns the folder and the model's own tensors."""
+    """Has `transformers` save a tiny random model, all of whose weights show; returns the folder and the tensors."""
 
     def write(
         architecture: str = "Llama",
@@ -174,7 +174,11 @@ def write_hub_folder(tmp_path: Path) -> Callable[..., tuple[Path, dict[str, torc
             "eos_token_id": [2, 0],
         }
         config = getattr(transformers, f"{architecture}Config")(**(fields | changes))
-        model = getattr(transformers, f"{architecture}ForCausalLM")(config).to(dtype)
+        model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+        for name, weight in model.named_parameters():  # biases and norms start at 0 and 1, which would hide them
+            if weight.dim() == 1:
+                torch.nn.init.normal_(weight, mean=float(name.endswith("norm.weight")), std=0.3)
+        model = model.to(dtype)
         folder = tmp_path / "hub"
         model.save_pretrained(folder, max_shard_size=shard_size)
         write_tokenizer_json(folder / "tokenizer.json")
