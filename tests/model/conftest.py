@@ -101,7 +101,8 @@ def write_gguf(tmp_path: Path) -> Callable[..., tuple[Path, dict[str, np.ndarray
                     writer.add_string(key, value)
                 case _:
                     writer.add_array(key, value)
-        written, expected = {}, {}
+        written: dict[str, np.ndarray] = {}
+        expected: dict[str, np.ndarray] = {}
         layout = GGUF_QWEN if architecture == "qwen" else GGUF
         for name, values in random_tensors(config).items():
             heads = config.num_heads if ".q_proj" in name else config.num_kv_heads

@@ -140,7 +140,7 @@ def test_rope_scaling_is_read_as_llama_cpp_reads_it(
 
 @pytest.mark.parametrize(("architecture", "options"), [("qwen2", {"qkv_bias": True}), ("qwen3", {"qk_norm": True})])
 def test_qwen_is_not_permuted(
-    write_gguf: Write, tiny_config: LanguageConfig, architecture: str, options: dict[str, bool]
+    write_gguf: Write, tiny_config: LanguageConfig, architecture: str, options: dict[str, Any]
 ) -> None:
     expected_config = replace(tiny_config, tied_embeddings=False, **options)
     path, expected = write_gguf(architecture=architecture, config=expected_config)
@@ -182,7 +182,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "rope scaling must be none, linear or yarn, got longrope",
     ),
     "rope factors": ({"edit": put("rope_freqs.weight", NAN[:4])}, r"factors\[0\] must be greater than 0, got nan"),
-    "few rope factors": ({"edit": put("rope_freqs.weight", np.ones(3, np.float32))}, "factors must be 4 for heads of 8"),
+    "few rope factors": (
+        {"edit": put("rope_freqs.weight", np.ones(3, np.float32))},
+        "factors must be 4 for heads of 8",
+    ),
     "two rope scalings": (
         {"edit": put("rope_freqs.weight", NAN[:4]), "metadata": {"llama.rope.scaling.factor": 2.0}},
         "rope_freqs.weight must be the only rope scaling",

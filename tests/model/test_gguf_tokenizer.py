@@ -57,7 +57,7 @@ def sentencepiece_tokens(**changes: Any) -> GGUFTokens:
 
 
 def merged(text: str, tokens: GGUFTokens) -> list[int]:
-    """Sentencepiece's BPE by its definition: the neighbours whose union scores highest are merged, the first of equals."""
+    """Sentencepiece's BPE by its definition: the neighbours whose union scores highest are merged first."""
     ids = {token: number for number, token in enumerate(tokens.tokens)}
     scores = dict(zip(tokens.tokens[259:], tokens.scores[259:], strict=True))
     parts = list((" " * tokens.space_prefix + text).replace(" ", "▁"))

@@ -1,6 +1,7 @@
 import base64
 import random
 import unicodedata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def write_ranks(path: Path, ranks: dict[bytes, int]) -> Path:
 
 
 def small_ranks() -> dict[bytes, int]:
-    """All bytes in a shuffled order, and 80 tokens, each the union of two neighbours in a text, as training makes them."""
+    """All bytes in a shuffled order, and 80 tokens, each the union of two neighbours in a text, as in training."""
     chance, text = random.Random(0), "the cat, the hat; 你好你们 aaaa bbab   12".encode() * 3
     singles = [bytes([byte]) for byte in range(256)]
     chance.shuffle(singles)
@@ -55,7 +56,7 @@ def encode(piece: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     """Byte-pair encoding by its definition: of neighbours whose union is a token, the lowest rank is merged first."""
     parts = [piece[start : start + 1] for start in range(len(piece))]
     while len(parts) > 1:
-        found = [ranks.get(left + right, len(ranks)) for left, right in zip(parts, parts[1:], strict=False)]
+        found = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
         if min(found) == len(ranks):
             break
         first = found.index(min(found))

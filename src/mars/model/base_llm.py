@@ -39,6 +39,7 @@ from mars.model.hub_folder import (
     read_hub_tensors,
     read_json,
     read_tokenizer_config,
+    stored_tensors,
     tokenizer_file,
 )
 from mars.model.language_tensors import language_shapes, tensors_digest
@@ -72,7 +73,10 @@ class BaseLLM:
 
     @cached_property
     def digest(self) -> str:
-        """`tensors_digest(tensors)`, so of what is kept: another dtype has another digest; about a second for 540 MB when no cache remembers it."""
+        """`tensors_digest(tensors)`, so of what is kept: another dtype has another digest.
+
+        It takes about a second for 540 MB when no cache remembers it.
+        """
         return self.known_digest or tensors_digest(self.tensors)
 
 
@@ -185,15 +189,14 @@ def _open_gguf(path: Path, *, source: str, cache: Path, notify: Callable[[str], 
 
 
 def _in_dtype(llm: BaseLLM, dtype: torch.dtype) -> BaseLLM:
-    """A converted GGUF model in another dtype: one tensor after the other, each from a mapping of its own."""
+    """A converted GGUF model in another dtype, tensor by tensor."""
     if dtype == torch.float32:
         return llm
     tensors = {}
-    for name in sorted(llm.tensors):
-        with safe_open(llm.tokenizer.with_name("model.safetensors"), framework="pt") as file:
-            tensors[name] = file.get_tensor(name).to(dtype)
+    for name, stored in stored_tensors(llm.tokenizer.with_name("model.safetensors")).items():
+        tensors[name] = stored.read(0, stored.shape[0]).to(dtype)
         if not is_finite(tensors[name]):
-            raise ModelError(f"{llm.source}: tensor {name} must fit in {dtype}, got larger numbers; keep it in bfloat16")
+            raise ModelError(f"{llm.source}: tensor {name} must fit in {dtype}, got larger numbers; use bfloat16")
     return replace(llm, tensors=tensors, known_digest=None)
 
 

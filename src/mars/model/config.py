@@ -14,7 +14,7 @@ def _positive(owner: str, **values: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How an LLM's rotary frequencies were changed so that it reads longer texts; the formulas are in `model/rope.py`."""
+    """How rotary frequencies were changed so that an LLM reads longer texts; the formulas are in `model/rope.py`."""
 
     kind: Literal["linear", "llama3", "yarn", "factors"]
     """`linear`: all positions are divided. `llama3`: only the slow frequencies are. `yarn`: as Peng et al. 2023.

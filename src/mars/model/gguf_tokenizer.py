@@ -124,12 +124,14 @@ def _byte_level(tokens: GGUFTokens, source: str) -> Tokenizer:
 
 
 def _sentencepiece(tokens: GGUFTokens, source: str) -> Tokenizer:
-    """Sentencepiece's BPE; what no token covers becomes bytes. Behind a control token a text begins anew, with its space,
-    as in llama.cpp."""
+    """Sentencepiece's BPE; what no token covers becomes bytes.
+
+    Behind a control token a text begins anew, with its space, as in llama.cpp.
+    """
     if len(tokens.scores) != len(tokens.tokens) or tokens.kinds.count(_UNKNOWN) != 1 or tokens.normalized:
         raise ModelError(
-            f"{source}: a 'llama' tokenizer must give a score per token and one unknown token, and leave text as it is, "
-            f"got {len(tokens.scores)} scores, {tokens.kinds.count(_UNKNOWN)} unknown tokens and "
+            f"{source}: a 'llama' tokenizer must give a score per token and one unknown token, and leave text as it "
+            f"is, got {len(tokens.scores)} scores, {tokens.kinds.count(_UNKNOWN)} unknown tokens and "
             f"{'a' if tokens.normalized else 'no'} change of text; use another model"
         )
     vocabulary = _vocabulary(tokens)

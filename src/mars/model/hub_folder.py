@@ -1,11 +1,12 @@
 """An LLM in the hub's layout: a folder with config.json, safetensors and a tokenizer.
 
-A tensor that is stored in the wanted dtype stays in its file, memory-mapped. Another one is converted by itself, from a
-mapping of its own, so that no more is in memory than what is kept and one tensor.
+A tensor that is stored in the wanted dtype stays in its file, memory-mapped. Others are read and converted one by one, so
+that no more is in memory than what is kept and one tensor.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _COMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.logn_tensor")
 """What some files hold beside the weights; it follows from the configuration."""
-_CHUNK = 1 << 22
+_CHUNK = 1 << 18
 """Numbers that are looked at together, so that looking takes little memory."""
 
 
@@ -41,12 +42,25 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Stored:
-    """One tensor as a file's header describes it."""
+class StoredTensor:
+    """One tensor as the header of a safetensors file describes it."""
 
     path: Path
     shape: tuple[int, ...]
     dtype: str
+    """`F32`, `BF16`, ..."""
+    offset: int
+    """Its first byte in the file."""
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Its rows `start` to `stop`, read into memory; a mapped page would stay there beside what is made of it."""
+        dtype, row = _DTYPES[self.dtype], math.prod(self.shape[1:])
+        raw = bytearray((stop - start) * row * dtype.itemsize)
+        with self.path.open("rb") as file:
+            file.seek(self.offset + start * row * dtype.itemsize)
+            if file.readinto(raw) != len(raw):
+                raise ModelError(f"{self.path} must be a whole safetensors file, got a shorter one; download it again")
+        return torch.frombuffer(raw, dtype=dtype).reshape(stop - start, *self.shape[1:])
 
 
 def _index(folder: Path) -> dict[str, str]:
@@ -92,14 +106,25 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ModelError(f"{path} must be a whole safetensors file, got: {error}; download it again") from error
 
 
-def _headers(folder: Path) -> dict[str, _Stored]:
-    """Every tensor of the folder's files, none of them loaded; ModelError when files and index disagree."""
-    stored: dict[str, _Stored] = {}
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a safetensors file by its name; ModelError when the file is missing or damaged."""
+    with _opened(path), path.open("rb") as file:  # opening checks the header
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(
+            path=path, shape=tuple(one["shape"]), dtype=one["dtype"], offset=8 + size + one["data_offsets"][0]
+        )
+        for name, one in header.items()
+    }
+
+
+def _headers(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the folder's files; ModelError when files and index disagree."""
+    stored: dict[str, StoredTensor] = {}
     for path in _weight_files(folder):
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                part = file.get_slice(name)
-                stored[name] = _Stored(path=path, shape=tuple(part.get_shape()), dtype=str(part.get_dtype()))
+        stored |= stored_tensors(path)
     if (folder / _WEIGHTS).is_file():
         return stored
     index = _index(folder)
@@ -138,8 +163,7 @@ def read_hub_tensors(
                     tensors[ours] = file.get_tensor(place.tensor)[place.start : place.stop]
         for ours, place in here.items():
             if ours not in tensors:
-                with _opened(path) as file:
-                    tensors[ours] = file.get_slice(place.tensor)[place.start : place.stop].to(dtype)
+                tensors[ours] = stored[place.tensor].read(place.start, place.stop).to(dtype)
             _check_finite(tensors[ours], place=place, path=path, stored=stored[place.tensor].dtype)
     return {ours: tensors[ours] for ours in places}
 

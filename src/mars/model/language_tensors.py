@@ -76,7 +76,7 @@ HUB_QWEN = Layout(
         "v_proj": "transformer.h.{}.attn.c_attn",
         "o_proj": "transformer.h.{}.attn.c_proj",
         "ffn_norm": "transformer.h.{}.ln_2",
-        # modeling_qwen.py: c_proj(w1(x) * silu(w2(x)))
+        # Not w1, as the names suggest: modeling_qwen.py applies silu to w2.
         "gate_proj": "transformer.h.{}.mlp.w2",
         "up_proj": "transformer.h.{}.mlp.w1",
         "down_proj": "transformer.h.{}.mlp.c_proj",

@@ -16,8 +16,8 @@ def rotary_periods(
 ) -> Tensor:
     """How many positions each pair of channels takes for one radian, (E / 2,) in fp32; the fastest pair comes first.
 
-    The changes of `scaling` are those of `transformers.modeling_rope_utils`: `linear` (kaiokendev 2023), `llama3` (Llama
-    3.1), `yarn` (Peng et al. 2023, section 3.2); `factors` are llama.cpp's, which divide frequencies.
+    The changes of `scaling` are those of `transformers.modeling_rope_utils`: `linear` (kaiokendev 2023), `llama3`
+    (Llama 3.1), `yarn` (Peng et al. 2023, section 3.2); `factors` are llama.cpp's, which divide frequencies.
     """
     powers = torch.arange(0, head_width, 2, device=device).float() / head_width
     periods: Tensor = theta**powers

@@ -4,11 +4,12 @@ The file has a line per token: its bytes in base64 and its rank, which is its id
 merged whose union has the lowest rank. A tokenizer.json lists pairs instead; each token has one, into which the tokens
 of lower rank cut it. Control tokens follow, as in Qwen's published tokenization_qwen.py.
 
-Characters that Unicode has added lately may be split otherwise than by tiktoken: the two have tables of different years.
+Characters that Unicode has added lately may be split otherwise than by tiktoken, whose tables are of another year.
 """
 
 import base64
 import binascii
+from itertools import pairwise
 from pathlib import Path
 
 from mars.errors import ModelError
@@ -28,16 +29,17 @@ def byte_characters() -> list[str]:
 
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Rank of each token; ModelError unless ranks are 0, 1, 2, ... and every byte is a token."""
-    ranks: dict[bytes, int] = {}
     try:
-        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-            if line.strip():
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-    except (ValueError, binascii.Error) as error:
-        raise ModelError(f"{path}: line {number} must be a token and its rank, got: {error}; download it again") from error
+        lines = path.read_bytes().splitlines()
     except OSError as error:
         raise ModelError(f"{path} must be readable, got: {error}") from error
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise ModelError(f"{path}: line {number} must be a token and its rank, got: {error}; download it") from None
     if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
         raise ModelError(f"{path} must rank its tokens 0, 1, 2, ... and hold all 256 bytes; the file is damaged")
     return ranks
@@ -47,7 +49,7 @@ def split_token(token: bytes, *, ranks: dict[bytes, int]) -> list[bytes]:
     """The tokens of lower rank into which byte-pair encoding cuts a token: two, if the ranks come from training."""
     parts, limit = [token[start : start + 1] for start in range(len(token))], ranks[token]
     while len(parts) > 2:
-        unions = [ranks.get(left + right, limit) for left, right in zip(parts, parts[1:], strict=False)]
+        unions = [ranks.get(left + right, limit) for left, right in pairwise(parts)]
         lowest = min(unions)
         if lowest >= limit:
             break
