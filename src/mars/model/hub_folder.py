@@ -1,7 +1,7 @@
 """An LLM in the hub's layout: a folder with config.json, safetensors and a tokenizer.
 
-A tensor that is stored in the wanted dtype stays in its file, memory-mapped. Others are read and converted one by one, so
-that no more is in memory than what is kept and one tensor.
+A tensor that is stored in the wanted dtype stays in its file, memory-mapped. Others are read and converted one by one,
+so that no more is in memory than what is kept and one tensor.
 """
 
 import json
