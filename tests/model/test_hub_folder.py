@@ -8,63 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mars.errors import ModelError
-from mars.model.hub_folder import hub_config, is_whole, read_hub_tensors, read_json, read_tokenizer_config
+from mars.model.hub_config import hub_config
+from mars.model.hub_folder import is_whole, read_hub_tensors, read_json, read_tokenizer_config
+from mars.model.language_tensors import hub_name
 
 Write = Callable[..., tuple[Path, dict[str, torch.Tensor]]]
-LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-}
 
 
-def test_what_an_old_config_leaves_out_has_llamas_defaults() -> None:
-    config = hub_config(LLAMA, source="config.json")
-    assert (config.num_kv_heads, config.head_width, config.rope_theta, config.norm_eps) == (
-        4,
-        8,
-        10000.0,
-        1e-6,
-    )
-    assert not config.tied_embeddings
-
-
-@pytest.mark.parametrize(
-    "rope", [{"rope_theta": 5e5}, {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}]
-)
-def test_the_rotary_base_stands_in_either_place(rope: dict[str, Any]) -> None:
-    assert hub_config(LLAMA | rope, source="config.json").rope_theta == 5e5
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"architectures": ["MistralForCausalLM"]}, "architecture must be one of .*, got MistralForCausalLM"),
-        ({"architectures": None}, "got none"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling must be at its default"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_scaling must be at its default"),
-        ({"use_sliding_window": True}, "use_sliding_window must be at its default, got true"),
-        ({"mlp_bias": True}, "mlp_bias must be"),
-        ({"hidden_act": "gelu"}, "hidden_act must be"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config must be"),
-        ({"hidden_size": "wide"}, "config.json: "),
-        ({"num_attention_heads": 0}, "config.json: "),
-        ({"num_key_value_heads": 3}, "num_heads must be a multiple of num_kv_heads"),
-    ],
-)
-def test_a_model_that_we_cannot_run_is_one_clear_line(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ModelError, match=message) as caught:
-        hub_config(LLAMA | changes, source="config.json")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_number_is_named() -> None:
-    with pytest.raises(ModelError, match="must give hidden_size, got none"):
-        hub_config({key: value for key, value in LLAMA.items() if key != "hidden_size"}, source="config.json")
+def read_config(folder: Path) -> dict[str, Any]:
+    return read_tokenizer_config(folder, tokenizer=folder / "tokenizer.json", rows=264)
 
 
 def drop(tensors: dict[str, torch.Tensor]) -> None:
@@ -94,7 +46,7 @@ def quantize(tensors: dict[str, torch.Tensor]) -> None:
         (add, "holds tensor adapter.weight"),
         (reshape, r"must have shape \(32,\)"),
         (spoil, "model.norm.weight must be finite"),
-        (quantize, "must hold fp32, fp16 or bf16, got torch.int8"),
+        (quantize, "must hold fp32, fp16 or bf16, got I8"),
     ],
 )
 def test_wrong_tensors_are_one_clear_line(write_hub_folder: Write, edit: Any, message: str) -> None:
@@ -136,16 +88,16 @@ def test_missing_and_damaged_files_are_one_clear_line(write_hub_folder: Write) -
 
 def test_control_tokens_come_from_the_tokenizer_else_from_the_model(write_hub_folder: Write) -> None:
     folder, _ = write_hub_folder()
-    assert read_tokenizer_config(folder) == {"bos_token_id": 1, "eos_token_id": 2, "chat_template": None}
+    assert read_config(folder) == {"bos_token_id": 1, "eos_token_id": 2, "chat_template": None}
     settings = {
         "bos_token": None,
         "eos_token": {"content": "<|endoftext|>"},
         "chat_template": [{"name": "tool", "template": "t"}, {"name": "default", "template": "d"}],
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert read_tokenizer_config(folder) == {"bos_token_id": 1, "eos_token_id": 0, "chat_template": "d"}
+    assert read_config(folder) == {"bos_token_id": 1, "eos_token_id": 0, "chat_template": "d"}
     (folder / "chat_template.jinja").write_text("j")
-    assert read_tokenizer_config(folder)["chat_template"] == "j"
+    assert read_config(folder)["chat_template"] == "j"
 
 
 @pytest.mark.parametrize(
@@ -155,4 +107,67 @@ def test_a_tokenizer_that_does_not_list_its_tokens_is_one_line(write_hub_folder:
     folder, _ = write_hub_folder()
     (folder / "tokenizer.json").write_text(json.dumps(table))
     with pytest.raises(ModelError, match=r"tokenizer.json must list its tokens"):
-        read_tokenizer_config(folder)
+        read_config(folder)
+
+
+def test_a_tokenizer_of_more_tokens_than_rows_is_one_line(write_hub_folder: Write) -> None:
+    folder, _ = write_hub_folder()
+    with pytest.raises(ModelError, match="must have a row of the embedding table, got ids up to 260 and 260 rows"):
+        read_tokenizer_config(folder, tokenizer=folder / "tokenizer.json", rows=260)
+
+
+def invent(index: dict[str, str]) -> None:
+    index["model.ghost.weight"] = min(index.values())
+
+
+def move(index: dict[str, str]) -> None:
+    index["model.norm.weight"] = min(index.values())
+
+
+def forget(index: dict[str, str]) -> None:
+    del index["model.norm.weight"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (invent, "names tensor model.ghost.weight in model-00001-of-"),
+        (move, "names tensor model.norm.weight in model-00001-of-"),
+        (forget, "holds tensor model.norm.weight, which model.safetensors.index.json does not name"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_shards_is_one_line(
+    write_hub_folder: Write, edit: Callable[[dict[str, str]], None], message: str
+) -> None:
+    folder, _ = write_hub_folder(shard_size="40KB")
+    path = folder / "model.safetensors.index.json"
+    table = json.loads(path.read_text())
+    assert table["weight_map"]["model.norm.weight"] != min(table["weight_map"].values())
+    edit(table["weight_map"])
+    path.write_text(json.dumps(table))
+    config = hub_config(read_json(folder / "config.json"), source="config.json")
+    with pytest.raises(ModelError, match=message) as caught:
+        read_hub_tensors(folder, config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_are_kept_in_the_dtype_asked_for(
+    write_hub_folder: Write, stored: torch.dtype, kept: torch.dtype
+) -> None:
+    folder, state = write_hub_folder(dtype=stored)
+    config = hub_config(read_json(folder / "config.json"), source="config.json")
+    for name, tensor in read_hub_tensors(folder, config, dtype=kept).items():
+        assert tensor.dtype == kept
+        assert torch.equal(tensor, state[hub_name(name)].to(kept)), name
+
+
+def test_numbers_too_large_for_fp16_are_named(write_hub_folder: Write) -> None:
+    folder, _ = write_hub_folder()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = 1e5
+    save_file(tensors, folder / "model.safetensors")
+    config = hub_config(read_json(folder / "config.json"), source="config.json")
+    with pytest.raises(ModelError, match=r"norm.weight must be finite, .*or its F32 numbers are too large for fp16"):
+        read_hub_tensors(folder, config, dtype=torch.float16)

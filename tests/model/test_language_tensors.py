@@ -5,17 +5,27 @@ import torch
 
 from mars.errors import ModelError
 from mars.model.config import LanguageConfig
-from mars.model.language_tensors import check_shapes, gguf_name, hub_name, language_shapes, tensors_digest
+from mars.model.language_tensors import GGUF, HUB_QWEN, check_shapes, hub_name, language_shapes, tensors_digest
 
 
 def test_names_here_on_the_hub_and_in_gguf() -> None:
     name = "layers.11.language.q_norm.weight"
     assert hub_name(name) == "model.layers.11.self_attn.q_norm.weight"
-    assert gguf_name(name) == "blk.11.attn_q_norm.weight"
-    assert (hub_name("language_head.weight"), gguf_name("language_head.weight")) == (
+    assert GGUF.name(name) == "blk.11.attn_q_norm.weight"
+    assert (hub_name("language_head.weight"), GGUF.name("language_head.weight")) == (
         "lm_head.weight",
         "output.weight",
     )
+
+
+def test_fused_projections_lie_below_each_other(tiny_config: LanguageConfig) -> None:
+    places, stored = HUB_QWEN.places(language_shapes(replace(tiny_config, qkv_bias=True)))
+    found = [places[f"layers.1.language.{part}_proj.weight"] for part in "qkv"]
+    assert [(place.start, place.stop) for place in found] == [(0, 32), (32, 48), (48, 64)]
+    assert {place.tensor for place in found} == {"transformer.h.1.attn.c_attn.weight"}
+    assert stored["transformer.h.1.attn.c_attn.weight"] == (64, 32)
+    assert stored["transformer.h.1.attn.c_attn.bias"] == (64,)
+    assert stored["transformer.h.1.attn.c_proj.weight"] == (32, 32)
 
 
 def test_options_add_their_tensors(tiny_config: LanguageConfig) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mars.model.layers import Expert, Linear, Norm, Rotary, attend, rotate
+from mars.model.layers import Expert, Linear, Norm, attend
 
 
 @pytest.mark.parametrize("shape", [(5,), (1, 1, 5), (2, 1, 5), (2, 3, 5), (7, 5), (8, 5), (3, 1, 2, 5)])
@@ -35,40 +35,6 @@ def test_the_norm_computes_in_fp32_and_keeps_the_dtype() -> None:
     out = Norm(4, eps=1e-5).half()(x)
     assert out.dtype == torch.float16
     torch.testing.assert_close(out, torch.ones(4, dtype=torch.float16))
-
-
-def test_rotary_positions_turn_pairs_as_complex_numbers() -> None:
-    rotary = Rotary(8, theta=100.0)
-    positions = torch.tensor([[0, 1, 5], [3, 2, 700]])
-    x = torch.randn(2, 4, 3, 8)
-    turned = rotate(x, rotary.at(positions, longest=701, dtype=torch.float32))
-    speeds = 100.0 ** -(torch.arange(4) / 4)
-    angles = positions[:, None, :, None] * speeds
-    wanted = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)
-    torch.testing.assert_close(turned, torch.cat([wanted.real, wanted.imag], dim=-1), atol=1e-4, rtol=1e-4)
-
-
-def test_rotated_products_depend_on_distance_only() -> None:
-    rotary = Rotary(8, theta=100.0)
-    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
-
-    def product(i: int, j: int) -> torch.Tensor:
-        turned = [
-            rotate(x, rotary.at(torch.tensor([[at]]), longest=64, dtype=torch.float32)) for x, at in ((q, i), (k, j))
-        ]
-        return (turned[0] * turned[1]).sum()
-
-    torch.testing.assert_close(product(9, 4), product(50, 45))
-
-
-def test_a_rotary_table_made_without_gradients_serves_training() -> None:
-    rotary = Rotary(8, theta=100.0)
-    positions = torch.tensor([[0, 1]])
-    with torch.inference_mode():
-        rotary.at(positions, longest=2, dtype=torch.float32)
-    x = torch.randn(1, 1, 2, 8, requires_grad=True)
-    rotate(x, rotary.at(positions, longest=2, dtype=torch.float32)).sum().backward()
-    assert x.grad is not None
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

@@ -1,6 +1,7 @@
 """Opens the pre-trained LLM that becomes the language expert: a GGUF file, hub folder, hub id or package.
 
-A GGUF file is converted once into a cache folder and memory-mapped from then on:
+A GGUF file is converted once into a cache folder and memory-mapped from then on. A `qwen.tiktoken` in a hub folder is
+turned into a tokenizer.json in the same place.
 
     ~/.cache/mars/language-models/NAME-KEY/
     ├── model.safetensors     fp32, our names
@@ -16,8 +17,9 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mars.config import from_dict
 from mars.errors import ConfigError, ModelError
 from mars.model.config import LanguageConfig
-from mars.model.hub_folder import hub_config, is_whole, read_hub_tensors, read_json, read_tokenizer_config
+from mars.model.hub_config import LAYOUTS, hub_architecture, hub_config
+from mars.model.hub_folder import (
+    TIKTOKEN,
+    TOKENIZER,
+    is_finite,
+    is_whole,
+    read_hub_tensors,
+    read_json,
+    read_tokenizer_config,
+    stored_tensors,
+    tokenizer_file,
+)
 from mars.model.language_tensors import language_shapes, tensors_digest
 
 __all__ = ["BaseLLM", "open_base_llm", "tensors_digest"]
@@ -37,6 +51,7 @@ _FORMAT = 1
 _ABANDONED_SECONDS = 3600.0
 """Age after which an unfinished conversion is taken to be dead, and is removed."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +62,8 @@ class BaseLLM:
     """What was asked for; opening it again gives the same model."""
     config: LanguageConfig
     tensors: dict[str, torch.Tensor]
-    """fp32 on the CPU, under the names that `MarsTransformer` uses; memory-mapped where possible."""
+    """On the CPU, under the names that `MarsTransformer` uses; fp32 unless another dtype was asked for, and
+    memory-mapped where the files hold them in that dtype."""
     tokenizer: Path
     """A tokenizer.json."""
     tokenizer_config: dict[str, Any]
@@ -57,7 +73,10 @@ class BaseLLM:
 
     @cached_property
     def digest(self) -> str:
-        """`tensors_digest(tensors)`; about a second for 540 MB when no cache remembers it."""
+        """`tensors_digest(tensors)`, so of what is kept: another dtype has another digest.
+
+        It takes about a second for 540 MB when no cache remembers it.
+        """
         return self.known_digest or tensors_digest(self.tensors)
 
 
@@ -66,16 +85,23 @@ def open_base_llm(
     *,
     revision: str | None = None,
     cache: Path | None = None,
+    dtype: torch.dtype | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> BaseLLM:
-    """Opens an LLM of the Llama family (Llama, SmolLM2, Qwen2, Qwen3).
+    """Opens an LLM: Llama 2 and 3, SmolLM, the first generation of Qwen, Qwen 1.5, 2, 2.5 and 3.
 
     `source` is the path of a .gguf file, a folder in the hub's layout, a hub id `owner/name` (only there does
     `revision` count), or `package:NAME` for the one .gguf file that an installed package carries. A GGUF file
     is converted into `cache`, by default $MARS_CACHE or ~/.cache/mars; `notify` hears of it, as it is slow.
+    Weights are fp32, or in `dtype` (fp32, bf16 or fp16), where a 7B model takes half of the memory.
+
+    Beside the weights that are kept, no more than one tensor is in memory at a time.
 
     Raises ModelError when the source cannot be found, is damaged, or is a model that we cannot run.
     """
+    kept = dtype or torch.float32
+    if kept not in _DTYPES:
+        raise ModelError(f"an LLM can be kept in float32, bfloat16 or float16, got {kept}")
     path = Path(source).expanduser()
     if source.startswith("package:"):
         path = _package_file(source.removeprefix("package:"))
@@ -85,15 +111,19 @@ def open_base_llm(
                 f"a language model must be a file, folder, hub id or package:NAME, got {source}: no such file"
             )
         path = _hub_folder(source, revision=revision)
+    cache = cache or _default_cache()
     if path.is_file():
-        return _open_gguf(path, source=source, cache=cache or _default_cache(), notify=notify)
-    config = hub_config(read_json(path / "config.json"), source=str(path / "config.json"))
-    tokenizer_config = read_tokenizer_config(path)
+        return _in_dtype(_open_gguf(path, source=source, cache=cache, notify=notify), kept)
+    fields, where = read_json(path / "config.json"), str(path / "config.json")
+    config = hub_config(fields, source=where)
+    tokenizer = _tokenizer(path, cache=cache, notify=notify)
+    tokenizer_config = read_tokenizer_config(path, tokenizer=tokenizer, rows=config.vocab_size)
+    layout = LAYOUTS[hub_architecture(fields, source=where)]
     return BaseLLM(
         source=source,
         config=config,
-        tensors=read_hub_tensors(path, config),
-        tokenizer=path / "tokenizer.json",
+        tensors=read_hub_tensors(path, config, layout=layout, dtype=kept),
+        tokenizer=tokenizer,
         tokenizer_config=tokenizer_config,
     )
 
@@ -127,7 +157,7 @@ def _hub_folder(name: str, *, revision: str | None) -> Path:
             name,
             revision=revision,
             local_files_only=offline,
-            allow_patterns=["*.safetensors", "*.json", "*.jinja"],
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.tiktoken"],
             ignore_patterns=["*/*"],
         )
         return Path(path)
@@ -158,6 +188,40 @@ def _open_gguf(path: Path, *, source: str, cache: Path, notify: Callable[[str], 
     return opened
 
 
+def _in_dtype(llm: BaseLLM, dtype: torch.dtype) -> BaseLLM:
+    """A converted GGUF model in another dtype, tensor by tensor."""
+    if dtype == torch.float32:
+        return llm
+    tensors = {}
+    for name, stored in stored_tensors(llm.tokenizer.with_name("model.safetensors")).items():
+        tensors[name] = stored.read(0, stored.shape[0]).to(dtype)
+        if not is_finite(tensors[name]):
+            raise ModelError(f"{llm.source}: tensor {name} must fit in {dtype}, got larger numbers; use bfloat16")
+    return replace(llm, tensors=tensors, known_digest=None)
+
+
+def _tokenizer(folder: Path, *, cache: Path, notify: Callable[[str], None] | None) -> Path:
+    """A hub folder's tokenizer.json; where it carries a qwen.tiktoken instead, what that is converted to, once."""
+    path = tokenizer_file(folder)
+    if path.name != TIKTOKEN:
+        return path
+    from mars.model.tiktoken_file import convert_tiktoken  # not needed when the cache is whole
+
+    try:
+        key = hashlib.sha256(f"{_FORMAT} ".encode() + path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ModelError(f"{path} must be readable, got: {error}") from error
+    converted = cache / "language-models" / f"{path.name}-{key[:16]}" / TOKENIZER
+    if not converted.is_file():
+        if notify is not None:
+            notify(f"converting {path.name} (once)")
+        with _new_folder(converted.parent) as (new, _):
+            convert_tiktoken(path, tokenizer=new / TOKENIZER)
+            with suppress(OSError):  # another process was quicker
+                new.rename(converted.parent)
+    return converted
+
+
 def _cache_name(path: Path) -> str:
     """File name, and a hash of the size, the first and the last MiB: quick, and tells files apart."""
     end = 1 << 20
@@ -181,7 +245,7 @@ def _open_converted(folder: Path, *, source: str) -> BaseLLM | None:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if any((folder / name).stat().st_size != size for name, size in meta["sizes"].items()):
             return None
-        config = LanguageConfig(**meta["config"])
+        config = from_dict(LanguageConfig, meta["config"])
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != language_shapes(config):
@@ -198,10 +262,9 @@ def _open_converted(folder: Path, *, source: str) -> BaseLLM | None:
         return None
 
 
-def _convert(path: Path, folder: Path) -> None:
-    """Converts into a folder of its own and renames that: a reader sees a whole model or none."""
-    from mars.model.gguf import convert_gguf  # not needed when the cache is whole
-
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """An empty folder beside `folder`, to fill and rename, and a name to move to what is in the way."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         for old in folder.parent.glob("partial-*"):
@@ -210,14 +273,22 @@ def _convert(path: Path, folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="partial-", ignore_cleanup_errors=True) as name:
             new = Path(name, "new")
             new.mkdir()
-            converted = convert_gguf(path, tensors=new / "model.safetensors", tokenizer=new / "tokenizer.json")
-            meta = asdict(converted) | {"sizes": {file.name: file.stat().st_size for file in new.iterdir()}}
-            (new / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
-            _put(new, folder, aside=Path(name, "old"))
+            yield new, Path(name, "old")
     except OSError as error:
         raise ModelError(
             f"the cache {folder.parent} must be writable, got: {error}; set MARS_CACHE to another folder"
         ) from error
+
+
+def _convert(path: Path, folder: Path) -> None:
+    """Converts into a folder of its own and renames that: a reader sees a whole model or none."""
+    from mars.model.gguf import convert_gguf  # not needed when the cache is whole
+
+    with _new_folder(folder) as (new, aside):
+        converted = convert_gguf(path, tensors=new / "model.safetensors", tokenizer=new / "tokenizer.json")
+        meta = asdict(converted) | {"sizes": {file.name: file.stat().st_size for file in new.iterdir()}}
+        (new / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
+        _put(new, folder, aside=aside)
 
 
 def _put(new: Path, folder: Path, *, aside: Path) -> None:

@@ -1,6 +1,7 @@
 """The shapes of a MARS transformer: the language model that it is built on, and its visual expert."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from mars.errors import ConfigError
 
@@ -9,6 +10,51 @@ def _positive(owner: str, **values: float) -> None:
     for name, value in values.items():
         if not value > 0:  # NaN is not
             raise ConfigError(f"{owner}.{name} must be greater than 0, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies were changed so that an LLM reads longer texts; the formulas are in `model/rope.py`."""
+
+    kind: Literal["linear", "llama3", "yarn", "factors"]
+    """`linear`: all positions are divided. `llama3`: only the slow frequencies are. `yarn`: as Peng et al. 2023.
+    `factors`: every frequency has a factor of its own, as a GGUF file says it."""
+    factor: float = 1.0
+    """How many times longer the texts are."""
+    original_positions: int = 0
+    """Positions before the change (`llama3`, `yarn`)."""
+    low_frequency: float = 1.0
+    """`llama3`: what turns less often than this within the original positions is divided."""
+    high_frequency: float = 4.0
+    """`llama3`: what turns more often than this is left alone."""
+    beta_fast: float = 32.0
+    """`yarn`: what turns more often than this is left alone."""
+    beta_slow: float = 1.0
+    """`yarn`: what turns less often than this is divided."""
+    truncate: bool = True
+    """`yarn`: whether the two limits are rounded to whole channels."""
+    attention_factor: float = 1.0
+    """`yarn`: cosines and sines are multiplied by it, and so attention's scores by its square."""
+    factors: tuple[float, ...] = ()
+    """`factors`: what each frequency is divided by, fastest first."""
+
+    def __post_init__(self) -> None:
+        _positive(
+            "rope_scaling",
+            factor=self.factor,
+            attention_factor=self.attention_factor,
+            beta_slow=self.beta_slow,
+            low_frequency=self.low_frequency,
+            **{f"factors[{index}]": value for index, value in enumerate(self.factors)},
+        )
+        if self.kind in ("llama3", "yarn"):
+            _positive("rope_scaling", original_positions=self.original_positions)
+        for slow, fast in (("low_frequency", "high_frequency"), ("beta_slow", "beta_fast")):
+            if not getattr(self, fast) > getattr(self, slow):
+                raise ConfigError(
+                    f"rope_scaling.{fast} must be greater than {slow}, got {getattr(self, fast)} and "
+                    f"{getattr(self, slow)}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +79,8 @@ class LanguageConfig:
     """Qwen1 and Qwen2 add a bias to the query, key and value projections."""
     qk_norm: bool = False
     """Qwen3 normalises queries and keys per head."""
+    rope_scaling: RopeScaling | None = None
+    """Null where rotary frequencies are those of `rope_theta` alone."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -54,6 +102,12 @@ class LanguageConfig:
             )
         if self.head_width % 2:
             raise ConfigError(f"language.head_width must be even for rotary positions, got {self.head_width}")
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.kind == "factors" and len(scaling.factors) != self.head_width // 2:
+            raise ConfigError(
+                f"language.rope_scaling.factors must be {self.head_width // 2} for heads of {self.head_width}, "
+                f"got {len(scaling.factors)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,31 +5,104 @@ Letters: D width, H query heads, G key/value heads, E head width, F feed-forward
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from mars.errors import ModelError
 from mars.model.config import LanguageConfig
 
-# ours -> (the hub's, GGUF's)
-_TOP = {
-    "language_embedding": ("model.embed_tokens", "token_embd"),
-    "language_norm": ("model.norm", "output_norm"),
-    "language_head": ("lm_head", "output"),
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a file keeps one of our tensors: rows `start` to `stop` of the tensor that it calls `tensor`."""
+
+    tensor: str
+    start: int
+    stop: int
+
+
+class Layout:
+    """How a kind of file names tensors. Several of ours under one name lie below each other there, in our order."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self._names = names
+
+    def name(self, ours: str) -> str:
+        """Their name: `layers.0.language.q_proj.bias` -> `model.layers.0.self_attn.q_proj.bias` on the hub."""
+        module, kind = ours.rsplit(".", 1)
+        *layer, part = module.split(".")
+        return f"{self._names[part].format(*layer[1:2])}.{kind}"
+
+    def places(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Place], dict[str, tuple[int, ...]]]:
+        """Where each of our tensors is, and the shape of each of theirs. `shapes` comes from `language_shapes`."""
+        places: dict[str, Place] = {}
+        stored: dict[str, tuple[int, ...]] = {}
+        for ours, (rows, *rest) in shapes.items():
+            theirs = self.name(ours)
+            start = stored[theirs][0] if theirs in stored else 0
+            places[ours] = Place(tensor=theirs, start=start, stop=start + rows)
+            stored[theirs] = (start + rows, *rest)
+        return places, stored
+
+
+HUB = Layout(
+    {
+        "language_embedding": "model.embed_tokens",
+        "language_norm": "model.norm",
+        "language_head": "lm_head",
+        "attention_norm": "model.layers.{}.input_layernorm",
+        "q_proj": "model.layers.{}.self_attn.q_proj",
+        "k_proj": "model.layers.{}.self_attn.k_proj",
+        "v_proj": "model.layers.{}.self_attn.v_proj",
+        "o_proj": "model.layers.{}.self_attn.o_proj",
+        "q_norm": "model.layers.{}.self_attn.q_norm",
+        "k_norm": "model.layers.{}.self_attn.k_norm",
+        "ffn_norm": "model.layers.{}.post_attention_layernorm",
+        "gate_proj": "model.layers.{}.mlp.gate_proj",
+        "up_proj": "model.layers.{}.mlp.up_proj",
+        "down_proj": "model.layers.{}.mlp.down_proj",
+    }
+)
+"""Llama, Qwen2 and Qwen3 as `transformers` saves them."""
+HUB_QWEN = Layout(
+    {
+        "language_embedding": "transformer.wte",
+        "language_norm": "transformer.ln_f",
+        "language_head": "lm_head",
+        "attention_norm": "transformer.h.{}.ln_1",
+        "q_proj": "transformer.h.{}.attn.c_attn",
+        "k_proj": "transformer.h.{}.attn.c_attn",
+        "v_proj": "transformer.h.{}.attn.c_attn",
+        "o_proj": "transformer.h.{}.attn.c_proj",
+        "ffn_norm": "transformer.h.{}.ln_2",
+        # Not w1, as the names suggest: modeling_qwen.py applies silu to w2.
+        "gate_proj": "transformer.h.{}.mlp.w2",
+        "up_proj": "transformer.h.{}.mlp.w1",
+        "down_proj": "transformer.h.{}.mlp.c_proj",
+    }
+)
+"""The first generation of Qwen (Qwen-7B), by its published modeling_qwen.py."""
+_GGUF = {
+    "language_embedding": "token_embd",
+    "language_norm": "output_norm",
+    "language_head": "output",
+    "attention_norm": "blk.{}.attn_norm",
+    "q_proj": "blk.{}.attn_q",
+    "k_proj": "blk.{}.attn_k",
+    "v_proj": "blk.{}.attn_v",
+    "o_proj": "blk.{}.attn_output",
+    "q_norm": "blk.{}.attn_q_norm",
+    "k_norm": "blk.{}.attn_k_norm",
+    "ffn_norm": "blk.{}.ffn_norm",
+    "gate_proj": "blk.{}.ffn_gate",
+    "up_proj": "blk.{}.ffn_up",
+    "down_proj": "blk.{}.ffn_down",
 }
-_LAYER = {
-    "attention_norm": ("input_layernorm", "attn_norm"),
-    "q_proj": ("self_attn.q_proj", "attn_q"),
-    "k_proj": ("self_attn.k_proj", "attn_k"),
-    "v_proj": ("self_attn.v_proj", "attn_v"),
-    "o_proj": ("self_attn.o_proj", "attn_output"),
-    "q_norm": ("self_attn.q_norm", "attn_q_norm"),
-    "k_norm": ("self_attn.k_norm", "attn_k_norm"),
-    "ffn_norm": ("post_attention_layernorm", "ffn_norm"),
-    "gate_proj": ("mlp.gate_proj", "ffn_gate"),
-    "up_proj": ("mlp.up_proj", "ffn_up"),
-    "down_proj": ("mlp.down_proj", "ffn_down"),
-}
+GGUF = Layout(_GGUF)
+"""llama.cpp's files of Llama, Qwen2 and Qwen3."""
+GGUF_QWEN = Layout(_GGUF | dict.fromkeys(("q_proj", "k_proj", "v_proj"), "blk.{}.attn_qkv"))
+"""llama.cpp's files of the first generation of Qwen."""
 
 
 def language_shapes(config: LanguageConfig) -> dict[str, tuple[int, ...]]:
@@ -61,20 +134,7 @@ def language_shapes(config: LanguageConfig) -> dict[str, tuple[int, ...]]:
 
 def hub_name(name: str) -> str:
     """The hub's name: `layers.0.language.q_proj.bias` -> `model.layers.0.self_attn.q_proj.bias`."""
-    module, kind = name.rsplit(".", 1)
-    if module in _TOP:
-        return f"{_TOP[module][0]}.{kind}"
-    _, number, _, part = module.split(".")
-    return f"model.layers.{number}.{_LAYER[part][0]}.{kind}"
-
-
-def gguf_name(name: str) -> str:
-    """GGUF's name: `layers.0.language.q_proj.bias` -> `blk.0.attn_q.bias`."""
-    module, kind = name.rsplit(".", 1)
-    if module in _TOP:
-        return f"{_TOP[module][1]}.{kind}"
-    _, number, _, part = module.split(".")
-    return f"blk.{number}.{_LAYER[part][1]}.{kind}"
+    return HUB.name(name)
 
 
 def check_shapes(found: Mapping[str, Sequence[int]], *, expected: Mapping[str, Sequence[int]], source: str) -> None:

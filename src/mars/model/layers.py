@@ -1,4 +1,4 @@
-"""The parts of a decoder layer: linear, norm, rotary positions, attention, feed-forward.
+"""The parts of a decoder layer: linear, norm, attention, feed-forward. Rotary positions are in `model/rope.py`.
 
 Letters: B batch, T positions, S keys, D width, H query heads, G key/value heads, E head width, F feed-forward width.
 """
@@ -41,30 +41,6 @@ class Norm(nn.Module):
         wide = x.float()
         normal = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
         return self.weight * normal.to(x.dtype)
-
-
-class Rotary:
-    """Rotary positions (Su et al. 2021), halves rotated as in Llama. Tables grow to the longest position asked for."""
-
-    def __init__(self, head_width: int, *, theta: float) -> None:
-        self.head_width = head_width
-        self.theta = theta
-        self.table = torch.empty(2, 0, head_width)
-
-    def at(self, positions_BT: Tensor, *, longest: int, dtype: torch.dtype) -> Tensor:
-        """Cosines and sines (2, B, 1, T, E) of positions, all below `longest`."""
-        if self.table.shape[1] < longest or self.table.device != positions_BT.device:
-            powers_E = torch.arange(0, self.head_width, 2, device=positions_BT.device).float() / self.head_width
-            angles = torch.arange(max(2 * longest, 512), device=positions_BT.device)[:, None] / self.theta**powers_E
-            angles = torch.cat([angles, angles], dim=1)
-            self.table = torch.stack([angles.cos(), angles.sin()])
-        return self.table[:, positions_BT][:, :, None].to(dtype)
-
-
-def rotate(x_BHTE: Tensor, rotary: Tensor) -> Tensor:
-    """Turns queries or keys (B, H, T, E) by `Rotary.at`."""
-    left, right = x_BHTE.chunk(2, dim=-1)
-    return x_BHTE * rotary[0] + torch.cat([-right, left], dim=-1) * rotary[1]
 
 
 def attend(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from mars.model.cache import Cache
 from mars.model.config import ModelConfig
-from mars.model.layers import Expert, attend, rotate
+from mars.model.layers import Expert, attend
+from mars.model.rope import rotate
 from mars.sequence.layout import Modality
 
 

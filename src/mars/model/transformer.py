@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from mars.errors import RequestError
 from mars.model.cache import Cache, Prefix, StaticCache
 from mars.model.config import ModelConfig
-from mars.model.layers import Expert, Linear, Norm, Rotary
+from mars.model.layers import Expert, Linear, Norm
+from mars.model.rope import Rotary
 from mars.model.semvie import SemVIELayer
 from mars.sequence.layout import Modality, Segment, text_segment
 from mars.sequence.vocabulary import Vocabulary
@@ -54,7 +55,7 @@ class MarsTransformer(nn.Module):
         """Whether the language expert has been let go."""
         language, width = config.language, config.visual_width
         self.vocabulary = Vocabulary(text_size=language.vocab_size, num_codes=config.num_codes)
-        self.rotary = Rotary(language.head_width, theta=language.rope_theta)
+        self.rotary = Rotary(language.head_width, theta=language.rope_theta, scaling=language.rope_scaling)
         self.language_embedding = _table(language.vocab_size, language.width)
         self.layers = nn.ModuleList(SemVIELayer(config, index) for index in range(language.num_layers))
         self.language_norm = Norm(language.width, eps=language.norm_eps)
