@@ -172,8 +172,10 @@ class ModelInfo:
 
     name: str
     language: str
-    """Where the LLM comes from, as `open_base_llm` takes it."""
+    """Where the LLM comes from, as `open_base_llm` takes it; `./...` lies in the model's own folder."""
     language_digest: str
+    language_revision: str | None = None
+    """Branch, tag or commit of an LLM on the hub."""
     grids: tuple[tuple[int, int], ...]
     """(rows, columns) of the code grids that it was trained on."""
     factor: int | None = None
@@ -199,6 +201,8 @@ class MarsModel:
     """Digest of the visual expert and of the image tokenizer together, as stored."""
     precision: Precision = "fp32"
     """Of the weights in memory."""
+    folder: Path | None = None
+    """Where it was opened."""
 
 
 def save_image_tokenizer(folder: Path, tokenizer: ImageTokenizer, *, dtype: torch.dtype = torch.float32) -> None:
@@ -206,6 +210,11 @@ def save_image_tokenizer(folder: Path, tokenizer: ImageTokenizer, *, dtype: torc
     tensors = {name: tensor.to(dtype) for name, tensor in tokenizer.state_dict().items()}
     save_tensors(folder / "image_tokenizer.safetensors", tensors)
     write_json(folder / "image_tokenizer.json", to_dict(tokenizer.config))
+
+
+def is_image_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds an image tokenizer of ours."""
+    return (folder / "image_tokenizer.json").is_file()
 
 
 def load_image_tokenizer(folder: Path) -> tuple[ImageTokenizer, dict[str, Tensor]]:
@@ -291,6 +300,12 @@ def read_info(folder: Path) -> tuple[ModelInfo, ModelConfig]:
         raise CheckpointError(f"{folder / 'config.json'} is wrong: {error}") from None
 
 
+def is_whole_model(folder: Path) -> bool:
+    """Whether every file of a model is there; its LLM is looked for when it is opened."""
+    names = ("config.json", "visual.safetensors", "image_tokenizer.json", "image_tokenizer.safetensors")
+    return all((folder / name).is_file() for name in names)
+
+
 def load_model(
     folder: Path, *, precision: Precision = "fp32", notify: Callable[[str], None] | None = None
 ) -> MarsModel:
@@ -310,7 +325,12 @@ def load_model(
     image_tokenizer, codec = load_image_tokenizer(folder)  # before the LLM, which may take long
     check_image_tokenizer(image_tokenizer.config, num_codes=config.num_codes, factor=info.factor, where=str(folder))
     stored = read_tensors(folder / "visual.safetensors")
-    llm = open_base_llm(info.language, notify=notify)
+    llm = open_base_llm(
+        language_source(info, folder=folder),
+        revision=info.language_revision,
+        dtype=torch.float32 if precision == "fp32" else None,
+        notify=notify,
+    )
     if llm.digest != info.language_digest:
         raise CheckpointError(
             f"{info.name} was trained on the LLM {info.language_digest[:19]}…, "
@@ -328,7 +348,13 @@ def load_model(
             {**stored, **{f"image_tokenizer.{name}": tensor for name, tensor in codec.items()}}
         ),
         precision=precision,
+        folder=folder,
     )
+
+
+def language_source(info: ModelInfo, *, folder: Path) -> str:
+    """What `open_base_llm` is to open for the model of a folder."""
+    return str(folder / info.language) if info.language.startswith("./") else info.language
 
 
 def _build(

@@ -32,6 +32,18 @@ def load_config(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     return from_dict(cls, table)
 
 
+def from_overrides(cls: type[T], overrides: Sequence[str]) -> T:
+    """`cls` with its defaults, but for `key=value` overrides.
+
+    Raises:
+        ConfigError: if a key, type or value is wrong, or a value without a default is missing.
+    """
+    table: dict[str, Any] = {}
+    for override in overrides:
+        _set(table, override)
+    return from_dict(cls, table)
+
+
 def from_dict(cls: type[T], table: Mapping[str, Any], *, where: str = "") -> T:
     """Builds a dataclass from nested tables.
 

@@ -6,6 +6,8 @@ codes to pixels; pixels to PIL with what is needed to draw them again.
 
 import json
 import secrets
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,10 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 import mars
-from mars.checkpoint import MarsModel, load_model
-from mars.errors import ModelError, PromptError, RequestError
+from mars.checkpoint import MarsModel, atomic_folder, is_whole_model, language_source, load_model, read_json, save_model
+from mars.errors import CheckpointError, ModelError, PromptError, RequestError
 from mars.generation.engine import DrawRequest, Progress, continue_text, draw
 from mars.generation.sampling import Sampling
+from mars.hub import hub_folder, is_hub_id, upload
 from mars.model.language_tensors import tensors_digest
 from mars.model.precision import Precision, weights_held
 from mars.picture import GeneratedImage, open_picture
@@ -33,6 +36,14 @@ MAX_IMAGES = 64
 """Pictures in one call; more rows than this only wait for each other."""
 MAX_PROMPT_TOKENS = 512
 DEFAULT_SAMPLING = Sampling(temperature=1.0, top_k=0, top_p=1.0, guidance=3.0)
+
+
+def _find(source: str | Path, *, revision: str | None) -> Path:
+    """A model's folder on this machine, fetched from the hub if it is only there."""
+    folder = Path(source).expanduser()
+    if folder.exists() or not is_hub_id(str(source)):
+        return folder
+    return hub_folder(str(source), revision=revision, is_whole=is_whole_model, subfolders=("language",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +74,15 @@ class MarsPipeline:
         cls,
         source: str | Path | None = None,
         *,
+        revision: str | None = None,
         precision: Precision = "fp32",
         notify: Callable[[str], None] | None = None,
     ) -> "MarsPipeline":
-        """Opens a model's folder; without one, the model that comes with the package.
+        """Opens a model's folder or hub id; without one, the model that comes with the package.
 
         Args:
+            source: a folder, or `owner/name` on the hub, taken from its cache without a network if it is whole there.
+            revision: branch, tag or commit on the hub.
             precision: of linear layers in memory. `int8` and `int4` take a quarter and a seventh of the room of fp32,
                 and round: pictures are no longer those of fp32.
             notify: called with one line before anything that takes long.
@@ -81,8 +95,63 @@ class MarsPipeline:
             raise ModelError(
                 "no model comes with this version; train one with `mars train configs/mini-pretrain.toml` and name it"
             )
-        folder = Path(source) if source is not None else SHIPPED
+        folder = SHIPPED if source is None else _find(source, revision=revision)
         return cls(load_model(folder, precision=precision, notify=notify))
+
+    def save_pretrained(self, folder: str | Path, *, report: Path | None = None) -> None:
+        """Writes the visual side in fp16, and a model card, into a folder that appears whole or not at all.
+
+        The LLM is only named, or goes along if it lies in the folder that this model was opened from.
+
+        Args:
+            report: `report.json` of `mars eval`, for the card.
+
+        Raises:
+            CheckpointError: if it cannot be written, or the weights in memory are rounded.
+            DataError: if the report is none.
+            ModelError: if the report is of other weights.
+        """
+        from mars.model.card import CardFacts, base_model_of, model_card  # counting takes a moment
+
+        model = self.model
+        if model.precision != "fp32":
+            raise CheckpointError(f"weights rounded to {model.precision} cannot be saved; open the model in fp32")
+        own = model.info.language.startswith("./")
+        facts = CardFacts(
+            name=model.info.name,
+            language=model.info.language,
+            language_digest=model.info.language_digest,
+            visual_digest=model.visual_digest,
+            grids=model.info.grids,
+            base_model=base_model_of(model.info.language),
+            includes_language=own,
+        )
+        card = model_card(
+            model.transformer.config,
+            facts,
+            image_tokenizer=model.image_tokenizer.config,
+            report=None if report is None else read_json(report),
+        )
+        with atomic_folder(Path(folder)) as partial:
+            save_model(partial, info=model.info, transformer=model.transformer, image_tokenizer=model.image_tokenizer)
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            if own:
+                shutil.copytree(
+                    Path(language_source(model.info, folder=model.folder or Path())), partial / model.info.language
+                )
+
+    def push_to_hub(
+        self, name: str, *, private: bool = False, revision: str | None = None, report: Path | None = None
+    ) -> str:
+        """Saves into a temporary folder and puts that on the hub as `owner/name`. Returns the commit's address.
+
+        Raises:
+            ModelError: if the hub cannot be reached or refuses.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary, "model")
+            self.save_pretrained(folder, report=report)
+            return upload(folder, name, private=private, revision=revision, message=f"mars-t2i {mars.__version__}")
 
     @property
     def sizes(self) -> list[tuple[int, int]]:

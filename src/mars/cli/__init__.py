@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: wa
 import typer
 from typer.core import TyperGroup
 
-from mars.cli.convert import convert_app
+from mars.cli.convert import convert_app, init
 from mars.cli.data import data_app
 from mars.cli.options import (
     Debug,
@@ -62,6 +62,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")
+app.command()(init)
 
 
 def _standard_input() -> str:

@@ -1,6 +1,7 @@
 """What commands share: options of the same meaning, and how a model is opened."""
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,7 +11,8 @@ if TYPE_CHECKING:
     from mars.pipeline import MarsPipeline
 
 Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="A model's folder; default: the one that comes along.")
+    str | None,
+    typer.Option("--model", "-m", help="A folder, or owner/name[@revision] on the hub; default: the one we ship."),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.", is_eager=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
@@ -29,10 +31,13 @@ def say(message: str) -> None:
 
 
 def open_pipeline(model: str | None, *, precision: str = "fp32") -> "MarsPipeline":
-    """The pipeline of a model's folder or hub id."""
+    """The pipeline of a model's folder or hub id (`owner/name`, or `owner/name@revision`)."""
     from mars.pipeline import MarsPipeline
 
-    return MarsPipeline.from_pretrained(model, precision=precision, notify=say)  # type: ignore[arg-type]
+    source, _, revision = (model or "").partition("@")
+    if model is not None and Path(model).exists():
+        source, revision = model, ""
+    return MarsPipeline.from_pretrained(source or None, revision=revision or None, precision=precision, notify=say)  # type: ignore[arg-type]
 
 
 def sampling_of(

@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -29,6 +28,8 @@ from safetensors import SafetensorError, safe_open
 
 from mars.config import from_dict
 from mars.errors import ConfigError, ModelError
+from mars.files import cache_folder
+from mars.hub import hub_folder, is_hub_id
 from mars.model.config import LanguageConfig
 from mars.model.hub_config import LAYOUTS, hub_architecture, hub_config
 from mars.model.hub_folder import (
@@ -42,7 +43,7 @@ from mars.model.hub_folder import (
     stored_tensors,
     tokenizer_file,
 )
-from mars.model.language_tensors import language_shapes, tensors_digest
+from mars.model.language_tensors import Digest, language_shapes, tensors_digest
 
 __all__ = ["BaseLLM", "open_base_llm", "tensors_digest"]
 
@@ -50,8 +51,7 @@ _FORMAT = 1
 """Part of the cache key: raise it when a conversion would give something else."""
 _ABANDONED_SECONDS = 3600.0
 """Age after which an unfinished conversion is taken to be dead, and is removed."""
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +73,16 @@ class BaseLLM:
 
     @cached_property
     def digest(self) -> str:
-        """`tensors_digest(tensors)`, so of what is kept: another dtype has another digest.
+        """Digest of the weights in fp32, whatever dtype they are kept in; it reads them all.
 
-        It takes about a second for 540 MB when no cache remembers it.
+        It is `tensors_digest(tensors)` of fp32 tensors. About a second for 540 MB when no cache remembers it.
         """
-        return self.known_digest or tensors_digest(self.tensors)
+        if self.known_digest is not None:
+            return self.known_digest
+        digest = Digest()
+        for name in sorted(self.tensors):
+            digest.add(name, self.tensors[name].float())
+        return digest.result()
 
 
 def open_base_llm(
@@ -85,7 +90,7 @@ def open_base_llm(
     *,
     revision: str | None = None,
     cache: Path | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = torch.float32,
     notify: Callable[[str], None] | None = None,
 ) -> BaseLLM:
     """Opens an LLM: Llama 2 and 3, SmolLM, the first generation of Qwen, Qwen 1.5, 2, 2.5 and 3.
@@ -93,27 +98,26 @@ def open_base_llm(
     `source` is the path of a .gguf file, a folder in the hub's layout, a hub id `owner/name` (only there does
     `revision` count), or `package:NAME` for the one .gguf file that an installed package carries. A GGUF file
     is converted into `cache`, by default $MARS_CACHE or ~/.cache/mars; `notify` hears of it, as it is slow.
-    Weights are fp32, or in `dtype` (fp32, bf16 or fp16), where a 7B model takes half of the memory.
+    Weights are kept in `dtype` (fp32, bf16 or fp16), or with None as they are stored, which copies nothing.
 
     Beside the weights that are kept, no more than one tensor is in memory at a time.
 
     Raises ModelError when the source cannot be found, is damaged, or is a model that we cannot run.
     """
-    kept = dtype or torch.float32
-    if kept not in _DTYPES:
-        raise ModelError(f"an LLM can be kept in float32, bfloat16 or float16, got {kept}")
+    if dtype not in _DTYPES:
+        raise ModelError(f"an LLM can be kept in float32, bfloat16 or float16, got {dtype}")
     path = Path(source).expanduser()
     if source.startswith("package:"):
         path = _package_file(source.removeprefix("package:"))
     elif not path.exists():
-        if path.suffix == ".gguf" or not _HUB_ID.fullmatch(source):
+        if path.suffix == ".gguf" or not is_hub_id(source):
             raise ModelError(
                 f"a language model must be a file, folder, hub id or package:NAME, got {source}: no such file"
             )
-        path = _hub_folder(source, revision=revision)
-    cache = cache or _default_cache()
+        path = hub_folder(source, revision=revision, is_whole=is_whole)
+    cache = cache or cache_folder()
     if path.is_file():
-        return _in_dtype(_open_gguf(path, source=source, cache=cache, notify=notify), kept)
+        return _in_dtype(_open_gguf(path, source=source, cache=cache, notify=notify), dtype)
     fields, where = read_json(path / "config.json"), str(path / "config.json")
     config = hub_config(fields, source=where)
     tokenizer = _tokenizer(path, cache=cache, notify=notify)
@@ -122,14 +126,10 @@ def open_base_llm(
     return BaseLLM(
         source=source,
         config=config,
-        tensors=read_hub_tensors(path, config, layout=layout, dtype=kept),
+        tensors=read_hub_tensors(path, config, layout=layout, dtype=dtype),
         tokenizer=tokenizer,
         tokenizer_config=tokenizer_config,
     )
-
-
-def _default_cache() -> Path:
-    return Path(os.environ.get("MARS_CACHE") or "~/.cache/mars").expanduser()
 
 
 def _package_file(name: str) -> Path:
@@ -147,34 +147,6 @@ def _package_file(name: str) -> Path:
     return files[0]
 
 
-def _hub_folder(name: str, *, revision: str | None) -> Path:
-    """The hub's folder of a model, from its cache if it is whole there (no network), else downloaded."""
-    from huggingface_hub import snapshot_download  # slow to import
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    def snapshot(*, offline: bool) -> Path:
-        path = snapshot_download(
-            name,
-            revision=revision,
-            local_files_only=offline,
-            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.tiktoken"],
-            ignore_patterns=["*/*"],
-        )
-        return Path(path)
-
-    try:
-        folder = snapshot(offline=True)
-        if is_whole(folder):
-            return folder
-    except (LocalEntryNotFoundError, OSError, ValueError):
-        pass
-    try:
-        return snapshot(offline=False)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"model {name} is neither in the hub's cache nor can it be downloaded: {reason}") from error
-
-
 def _open_gguf(path: Path, *, source: str, cache: Path, notify: Callable[[str], None] | None) -> BaseLLM:
     folder = cache / "language-models" / _cache_name(path)
     opened = _open_converted(folder, source=source)
@@ -188,9 +160,9 @@ def _open_gguf(path: Path, *, source: str, cache: Path, notify: Callable[[str], 
     return opened
 
 
-def _in_dtype(llm: BaseLLM, dtype: torch.dtype) -> BaseLLM:
+def _in_dtype(llm: BaseLLM, dtype: torch.dtype | None) -> BaseLLM:
     """A converted GGUF model in another dtype, tensor by tensor."""
-    if dtype == torch.float32:
+    if dtype in (None, torch.float32):
         return llm
     tensors = {}
     for name, stored in stored_tensors(llm.tokenizer.with_name("model.safetensors")).items():

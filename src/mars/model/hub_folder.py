@@ -137,9 +137,9 @@ def _headers(folder: Path) -> dict[str, StoredTensor]:
 
 
 def read_hub_tensors(
-    folder: Path, config: LanguageConfig, *, layout: Layout = HUB, dtype: torch.dtype = torch.float32
+    folder: Path, config: LanguageConfig, *, layout: Layout = HUB, dtype: torch.dtype | None = torch.float32
 ) -> dict[str, torch.Tensor]:
-    """The tensors under our names in `dtype`; memory-mapped where the files hold them so.
+    """The tensors under our names in `dtype` (None: as stored); memory-mapped where the files hold them so.
 
     `layout` is how the files name them. Raises ModelError when they are not those that `config` describes, not
     floating-point numbers, or not finite.
@@ -159,7 +159,7 @@ def read_hub_tensors(
         here = {ours: place for ours, place in places.items() if stored[place.tensor].path == path}
         with _opened(path) as file:
             for ours, place in here.items():
-                if _DTYPES[stored[place.tensor].dtype] == dtype:
+                if dtype is None or _DTYPES[stored[place.tensor].dtype] == dtype:
                     tensors[ours] = file.get_tensor(place.tensor)[place.start : place.stop]
         for ours, place in here.items():
             if ours not in tensors:

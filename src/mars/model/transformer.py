@@ -185,7 +185,11 @@ def read_prefixes(transformer: MarsTransformer, rows: Sequence[Sequence[int]]) -
 
 
 def build_transformer(
-    config: ModelConfig, language: Mapping[str, Tensor], *, visual: Mapping[str, Tensor] | None = None
+    config: ModelConfig,
+    language: Mapping[str, Tensor],
+    *,
+    visual: Mapping[str, Tensor] | None = None,
+    visual_dtype: torch.dtype = torch.float32,
 ) -> MarsTransformer:
     """A transformer around the given tensors (used as they are, not copied); without `visual` that side is left empty.
 
@@ -201,7 +205,7 @@ def build_transformer(
     for module in transformer.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             if weight.is_meta:
-                replacement = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="cpu"))
+                replacement = nn.Parameter(torch.empty(weight.shape, dtype=visual_dtype, device="cpu"))
                 if isinstance(module, nn.ParameterDict):
                     module[name] = replacement
                 else:
