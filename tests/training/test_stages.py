@@ -67,6 +67,8 @@ def test_a_wrong_optimizer_is_one_line(stage: Callable[..., dict[str, Any]], nam
         {"optimizer": {"learning_rate": math.inf}},
         {"optimizer": {"betas": [0.9, 1.5]}},
         {"special_weight": -1.0},
+        {"top_rows": -1},
+        {"top_rows_share": 1.0},
         {"prefix_gib": -1.0},
         {"threads": 0},
         {"threads": -2},

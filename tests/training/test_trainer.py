@@ -133,6 +133,47 @@ def test_guidance_dropout_and_captioning_come_as_often_as_asked(stage: Stage, mo
     assert all(captions)
 
 
+def test_some_steps_learn_the_top_rows_of_more_pictures(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = start(stage(top_rows=1, top_rows_share=0.4, captioning=0.2, steps=10_000))
+    rows, columns = trainer.info.grids[0]
+    shapes: list[tuple[int, ...]] = []
+    weight = trainer.transformer.visual_embedding.weight
+
+    def loss(_: object, codes: torch.Tensor, prefixes: Sequence[object], **__: object) -> torch.Tensor:
+        assert len(codes) == len(prefixes)
+        shapes.append(tuple(codes.shape))
+        return weight.sum() * 0
+
+    monkeypatch.setattr(module, "text_to_image_loss", loss)
+    names = [set(losses) & {"loss", "top_loss", "caption_loss"} for losses in steps(trainer, 200)]
+    assert set(shapes) == {(6, rows, columns), (6 * rows, 1, columns)}
+    drawing = [name for name in names if name != {"caption_loss"}]
+    assert drawing.count({"top_loss"}) == sum(shape[1] == 1 for shape in shapes)
+    assert drawing.count({"top_loss"}) / len(drawing) == pytest.approx(0.4, abs=0.1)
+
+
+def test_the_loss_of_top_rows_is_that_of_the_whole_picture_there(stage: Stage) -> None:
+    trainer = start(stage())
+    plan = trainer._plan(0)
+    codes = torch.stack([sample.codes for sample in plan.samples])
+    prefixes = trainer.prefixes.get(trainer._prompts([sample.caption.text for sample in plan.samples]))
+    with torch.no_grad():
+        top = text_to_image_loss(trainer.transformer, codes[:, :1], prefixes)
+        rest = [text_to_image_loss(trainer.transformer, codes[:, : 1 + row], prefixes) for row in range(codes.shape[1])]
+    assert torch.allclose(top, rest[0])
+    changed = codes.clone()
+    changed[:, 1:] = 0
+    with torch.no_grad():
+        assert torch.allclose(text_to_image_loss(trainer.transformer, changed[:, :1], prefixes), top)
+
+
+def test_without_top_rows_a_step_is_what_it_was(stage: Stage) -> None:
+    wanted = steps(start(stage()), 3)
+    assert steps(start(stage(top_rows_share=0.9)), 3) == wanted
+    rows = start(stage()).info.grids[0][0]
+    assert steps(start(stage(top_rows=rows)), 3) == wanted
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_without_captioning_no_step_learns_to_caption(stage: Stage, share: float) -> None:
     losses = steps(start(stage(captioning=share)), 12)

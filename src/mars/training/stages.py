@@ -84,6 +84,11 @@ class StageConfig:
     """Share of the steps that learn image to text."""
     guidance_dropout: float = 0.1
     """Share of the captions that are emptied, so that the model can draw without a prompt."""
+    top_rows: int = 0
+    """Rows of codes that some of the steps learn alone, of as many more pictures: there the caption decides most, and
+    once they are drawn the others follow (ours). 0 is no such steps."""
+    top_rows_share: float = 0.5
+    """Share of the text to image steps that do so."""
     special_weight: float = 0.1
     """Weight of the loss that teaches text when to begin an image."""
     neighbours: int = 1
@@ -115,6 +120,8 @@ class StageConfig:
         for name in ("special_weight", "prefix_gib"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
-        for name in ("captioning", "guidance_dropout"):
+        if self.top_rows < 0:
+            raise ConfigError(f"top_rows must be at least 0, got {self.top_rows}")
+        for name in ("captioning", "guidance_dropout", "top_rows_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must lie in 0..1, got {getattr(self, name)}")

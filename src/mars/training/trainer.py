@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,6 +38,18 @@ from mars.training.stages import StageConfig
 
 LOOKAHEAD = 24
 """Steps whose captions are read at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a step learns from."""
+
+    samples: list[Sample]
+    texts: list[str] | None
+    """To draw from; null if the step learns captioning."""
+    rows: int
+    """Of codes that are learned."""
+
 
 Sampler = Callable[[Path, Sequence[str]], Image.Image]
 """Draws a grid of prompts with the model saved in a folder; the trainer itself cannot generate."""
@@ -137,15 +150,16 @@ class Trainer:
             TrainingError: if a loss or the gradients are not finite; the weights have not moved then.
         """
         config = self.config
-        samples, texts = self._plan(self.step)
-        codes_BRC = torch.stack([sample.codes for sample in samples])
+        plan = self._plan(self.step)
+        codes_BRC = torch.stack([sample.codes[: plan.rows] for sample in plan.samples])
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
-            if texts is None:
-                losses = self._captioning(samples, codes_BRC)
+            if plan.texts is None:
+                losses = self._captioning(plan.samples, codes_BRC)
                 loss = losses["caption_loss"]
             else:
-                losses = self._text_to_image(texts, codes_BRC)
-                loss = losses["loss"] + config.special_weight * losses["special_loss"]
+                name = "loss" if plan.rows == self.info.grids[0][0] else "top_loss"
+                losses = self._text_to_image(plan.texts, codes_BRC, name=name)
+                loss = losses[name] + config.special_weight * losses["special_loss"]
         rate = rate_at(self.step, steps=config.steps, config=config.optimizer)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -160,15 +174,20 @@ class Trainer:
             optimizer.step()
         return values
 
-    def _plan(self, step: int) -> tuple[list[Sample], list[str] | None]:
-        """Samples of a step, and the texts to draw from; no texts if the step is to learn captioning."""
+    def _plan(self, step: int) -> Plan:
         config = self.config
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        samples = self.loader.batch(step * config.batch_size, config.batch_size)
-        if float(torch.rand((), generator=generator)) < config.captioning:
-            return samples, None
-        dropped = (torch.rand(len(samples), generator=generator) < config.guidance_dropout).tolist()
-        return samples, ["" if drop else sample.caption.text for sample, drop in zip(samples, dropped, strict=True)]
+        rows, count = self.info.grids[0][0], config.batch_size
+        captioning = float(torch.rand((), generator=generator)) < config.captioning
+        top = 0 < config.top_rows < rows and not captioning
+        if top and float(torch.rand((), generator=generator)) < config.top_rows_share:
+            rows, count = config.top_rows, count * rows // config.top_rows
+        samples = self.loader.batch(step * count, count)
+        if captioning:
+            return Plan(samples=samples, texts=None, rows=rows)
+        dropped = (torch.rand(count, generator=generator) < config.guidance_dropout).tolist()
+        texts = ["" if drop else sample.caption.text for sample, drop in zip(samples, dropped, strict=True)]
+        return Plan(samples=samples, texts=texts, rows=rows)
 
     def _prompts(self, texts: Sequence[str]) -> list[list[int]]:
         return [[self.text_tokenizer.bos_id, *self._encode(text)] for text in texts]
@@ -176,8 +195,7 @@ class Trainer:
     def _prompts_ahead(self) -> Iterator[list[int]]:
         """Prompts of the next steps, whose prefixes are cheaper to read together."""
         for step in range(self.step + 1, min(self.step + LOOKAHEAD, self.config.steps)):
-            _, texts = self._plan(step)
-            yield from self._prompts(texts or [])
+            yield from self._prompts(self._plan(step).texts or [])
 
     def _captioning(self, samples: Sequence[Sample], codes_BRC: Tensor) -> dict[str, Tensor]:
         rows = [self._encode(sample.caption.text) for sample in samples]
@@ -185,10 +203,10 @@ class Trainer:
         loss = captioning_loss(self.transformer, codes_BRC, rows, hints=hints, end=self.text_tokenizer.eos_id)
         return {"caption_loss": loss}
 
-    def _text_to_image(self, texts: Sequence[str], codes_BRC: Tensor) -> dict[str, Tensor]:
+    def _text_to_image(self, texts: Sequence[str], codes_BRC: Tensor, *, name: str) -> dict[str, Tensor]:
         prefixes = self.prefixes.get(self._prompts(texts), ahead=self._prompts_ahead())
         return {
-            "loss": text_to_image_loss(self.transformer, codes_BRC, prefixes, neighbours=self.neighbours),
+            name: text_to_image_loss(self.transformer, codes_BRC, prefixes, neighbours=self.neighbours),
             "special_loss": begin_image_loss(self.transformer, prefixes),
         }
 
