@@ -26,6 +26,10 @@ class Kernel:
         self.linear = library.mars_quantized_linear
         self.linear.argtypes = [pointer, size, size, pointer, pointer, pointer, size, ctypes.c_int]
         self.linear.restype = ctypes.c_int
+        self.read = library.mars_read
+        """Reads memory and does nothing with it: (address, words of 8 bytes)."""
+        self.read.argtypes = [pointer, size]
+        self.read.restype = ctypes.c_uint64
 
 
 @cache

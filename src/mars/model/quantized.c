@@ -174,3 +174,11 @@ int mars_quantized_linear(const float *x, long rows, long inputs, const uint8_t 
   free(codes_x);
   return 0;
 }
+
+/* Reads memory with all threads and returns a sum that depends on every byte: what bandwidth there is. */
+uint64_t mars_read(const uint64_t *from, long words) {
+  uint64_t sum = 0;
+#pragma omp parallel for simd schedule(static) reduction(^ : sum)
+  for (long i = 0; i < words; i++) sum ^= from[i];
+  return sum;
+}
