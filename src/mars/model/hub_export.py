@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from mars.errors import ModelError
 from mars.model.base_llm import BaseLLM
@@ -21,6 +22,7 @@ def save_language(llm: BaseLLM, folder: Path) -> None:
 
     Raises:
         ModelError: if the hub's layout has no word for what the LLM does.
+        OSError: if a file cannot be written.
     """
     from huggingface_hub import save_torch_state_dict  # slow to import
 
@@ -29,7 +31,12 @@ def save_language(llm: BaseLLM, folder: Path) -> None:
     fields["torch_dtype"] = str(next(iter(llm.tensors.values())).dtype).removeprefix("torch.")
     _write(folder / "config.json", fields)
     tensors: dict[str, torch.Tensor] = {hub_name(name): tensor for name, tensor in llm.tensors.items()}
-    save_torch_state_dict(tensors, folder, max_shard_size=SHARD, metadata={"format": "pt"})
+    try:
+        save_torch_state_dict(tensors, folder, max_shard_size=SHARD)
+    except SafetensorError as error:  # of a full disk too
+        raise OSError(str(error)) from error
+    for path in folder.glob("*.safetensors"):
+        path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files their owner's alone
     shutil.copyfile(llm.tokenizer, folder / "tokenizer.json")
     if settings.get("chat_template"):
         (folder / "chat_template.jinja").write_text(settings["chat_template"], encoding="utf-8")
