@@ -33,7 +33,12 @@ def test_a_new_model_is_a_copy_of_the_llm_with_tables_at_the_mean(even_model: Pa
         assert torch.equal(visual[name], llm[name.replace("visual", "language")].half()), name
     text = llm["language_embedding.weight"]
     tables = visual.keys() - experts
-    assert tables == {"special_embedding.weight", "special_head.weight", "visual_embedding.weight", "visual_head.weight"}
+    assert tables == {
+        "special_embedding.weight",
+        "special_head.weight",
+        "visual_embedding.weight",
+        "visual_head.weight",
+    }
     for name in tables:
         away = visual[name].float() - text.mean(dim=0)
         assert 0.5 < float(away.std() / text.std()) / 0.02 < 2, name

@@ -6,7 +6,7 @@ from mars import memory
 from mars.errors import ModelError
 from mars.memory import available_memory, check_memory
 
-MEMINFO = "MemTotal:       24000000 kB\nMemFree:         1000000 kB\nMemAvailable:    3000000 kB\n\nHugePages_Total: 0\n"
+MEMINFO = "MemTotal:    24000000 kB\nMemFree:      1000000 kB\nMemAvailable: 3000000 kB\n\nHugePages_Total: 0\n"
 
 
 @pytest.fixture
