@@ -14,7 +14,6 @@ from mars.checkpoint import load_model, read_json, read_tensors
 from mars.config import from_dict
 from mars.convert import init_model
 from mars.errors import CheckpointError, ConfigError, MarsError, ModelError, RequestError
-from mars.model import hub_export
 from mars.model.base_llm import open_base_llm
 from mars.model.config import SemVIEConfig
 from mars.pipeline import MarsPipeline
@@ -220,7 +219,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
     def no_space(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(hub_export.shutil, "copyfile", no_space)
+    monkeypatch.setattr("mars.model.hub_export.shutil.copyfile", no_space)
     with pytest.raises(CheckpointError, match="cannot write .*new: the disk is full; nothing was written"):
         init_model(
             tmp_path / "new", language=str(even_llm), image_tokenizer=str(tiny_model), size=32, include_language=True

@@ -32,15 +32,20 @@ SCALINGS = {
         attention_factor=1.25,
     ),
 }  # fmt: skip
-FAMILIES = {"Llama": {}, "Qwen2": {"qkv_bias": True}, "Qwen3": {"qk_norm": True, "head_width": 24}}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Qwen2": {"qkv_bias": True},
+    "Qwen3": {"qk_norm": True, "head_width": 24},
+}
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shapes_survive_the_hubs_words(tiny_config: LanguageConfig, family: str, scaling: str) -> None:
-    changes: dict[str, Any] = FAMILIES[family]
     for tied in (True, False):
-        config = replace(tiny_config, rope_scaling=SCALINGS[scaling], tied_embeddings=tied, rope_theta=5e5, **changes)
+        config = replace(
+            tiny_config, rope_scaling=SCALINGS[scaling], tied_embeddings=tied, rope_theta=5e5, **FAMILIES[family]
+        )
         fields = json.loads(json.dumps(hub_fields(config)))
         assert fields["architectures"] == [f"{family}ForCausalLM"]
         assert hub_config(fields, source="test") == config

@@ -92,6 +92,14 @@ def test_a_model_that_will_not_fit_says_what_to_do(
 
 
 @pytest.mark.parametrize("precision", LOWER)
+def test_a_head_that_was_the_table_is_counted_once(build: Build, precision: Precision) -> None:
+    transformer = build(tied=True)
+    before = {part: count for part, (count, _) in weights_held(transformer).items()}
+    lower_precision(transformer, precision)
+    assert {part: count for part, (count, _) in weights_held(transformer).items()} == before
+
+
+@pytest.mark.parametrize("precision", LOWER)
 def test_it_takes_the_bytes_that_it_says(build: Build, precision: Precision) -> None:
     transformer = build(tied=False)
     before = weights_held(transformer)

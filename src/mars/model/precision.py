@@ -82,6 +82,7 @@ def weights_held(transformer: MarsTransformer) -> dict[str, tuple[int, int]]:
             part = "language" if is_language(f"{name}.{own}".lstrip(".")) else "visual"
             count, size = tensor.numel(), tensor.numel() * tensor.element_size()
             if isinstance(module, QuantizedLinear) and own != "bias":
-                count = module.out_features * module.in_features if own == "codes" else 0
+                again = name == "language_head" and transformer.config.language.tied_embeddings  # the table as a layer
+                count = module.out_features * module.in_features if own == "codes" and not again else 0
             held[part] = held[part][0] + count, held[part][1] + size
     return held
