@@ -70,16 +70,13 @@ def _random(tensors: Mapping[str, Tensor], *, seed: int) -> dict[str, Tensor]:
     return filled
 
 
-@pytest.fixture(scope="session")
-def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of three layers in the hub's layout, with a tokenizer of bytes and a chat template."""
+def _write_llm(folder: Path, *, ffn: int) -> Path:
     from tokenizers import pre_tokenizers
 
     from mars.model.gguf_tokenizer import GGUFTokens, write_tokenizer
     from mars.model.hub_config import hub_config
     from mars.model.language_tensors import hub_name, language_shapes
 
-    folder = tmp_path_factory.mktemp("llm")
     tokens = [*WORDS, *sorted(pre_tokenizers.ByteLevel.alphabet()), "he"]
     kinds = [3] * len(WORDS) + [1] * (len(tokens) - len(WORDS))
     write_tokenizer(
@@ -89,7 +86,7 @@ def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     fields: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": len(tokens), "hidden_size": 32,
-        "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": ffn, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
         "head_dim": 8, "max_position_embeddings": 192, "rope_theta": 10000.0, "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float32",
     }  # fmt: skip
@@ -99,6 +96,18 @@ def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = _random({hub_name(name): torch.empty(shape) for name, shape in shapes.items()}, seed=0)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of three layers in the hub's layout, with a tokenizer of bytes and a chat template."""
+    return _write_llm(tmp_path_factory.mktemp("llm"), ffn=48)
+
+
+@pytest.fixture(scope="session")
+def even_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with widths that are multiples of 32, as weights of 8 and 4 bits need them."""
+    return _write_llm(tmp_path_factory.mktemp("even"), ffn=64)
 
 
 @pytest.fixture(scope="session")
@@ -152,6 +161,16 @@ def tiny_model(
     )
     folder = tmp_path_factory.mktemp("model")
     save_model(folder, info=info, transformer=build_tiny(**POCKET), image_tokenizer=image_tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def even_model(tmp_path_factory: pytest.TempPathFactory, even_llm: Path, tiny_model: Path) -> Path:
+    """The folder of a new model on `even_llm` with the tiny model's image tokenizer; pictures have 32x32 pixels."""
+    from mars.convert import init_model
+
+    folder = tmp_path_factory.mktemp("models") / "even"
+    init_model(folder, language=str(even_llm), image_tokenizer=str(tiny_model), size=32)
     return folder
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mars import checkpoint
+from mars import checkpoint, memory
 from mars.checkpoint import (
     atomic_folder,
     check_tensors,
@@ -26,11 +26,14 @@ from mars.checkpoint import (
     recover_folder,
     save_image_tokenizer,
     save_tensors,
+    stored_digest,
     write_json,
 )
-from mars.errors import CheckpointError
+from mars.errors import CheckpointError, ModelError
 from mars.image_tokenizer.model import ImageTokenizer
+from mars.model.base_llm import open_base_llm
 from mars.model.language_tensors import tensors_digest
+from mars.model.precision import weights_held
 
 OLD = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3)}
 NEW = {"a": torch.randn(400, 30)}
@@ -318,3 +321,36 @@ def test_a_folder_that_does_not_know_its_factor_still_loads(tiny_model: Path, tm
     del table["factor"]
     write_json(tmp_path / "model" / "config.json", table)
     assert load_model(tmp_path / "model").info.factor is None
+
+
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_memory_is_checked_before_weights_are_read(
+    even_model: Path, even_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, half: bool
+) -> None:
+    llm = Path(shutil.copytree(even_llm, tmp_path / "llm"))
+    if half:  # an LLM that must be made fp32 takes memory, others stay in their files
+        path = llm / "model.safetensors"
+        save_tensors(path, {name: tensor.half() for name, tensor in read_tensors(path).items()})
+    model = Path(shutil.copytree(even_model, tmp_path / "model"))
+    table = {"language": str(llm), "language_digest": open_base_llm(str(llm)).digest}
+    write_json(model / "config.json", read_json(model / "config.json") | table)
+    transformer = load_model(model, precision=precision).transformer
+    held = weights_held(transformer)
+    wanted = held["visual"][1] + (held["language"][1] if half or precision == "int4" else 0)
+    meminfo = tmp_path / "meminfo"
+    monkeypatch.setattr(memory, "MEMINFO", meminfo)
+    meminfo.write_text(f"MemAvailable: {wanted // 1024 + 1} kB")
+    load_model(model, precision=precision)
+    meminfo.write_text(f"MemAvailable: {int(wanted * 0.93) // 1024} kB")
+    with pytest.raises(ModelError, match=rf"^even in {precision} needs 0.0 GB of memory, 0.0 GB are free; "):
+        load_model(model, precision=precision)
+
+
+def test_the_digest_of_a_folder_is_that_of_the_opened_model(tiny_model: Path, tmp_path: Path) -> None:
+    assert load_model(tiny_model).visual_digest == stored_digest(tiny_model)
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    tensors = read_tensors(folder / "image_tokenizer.safetensors")
+    tensors["decoder.conv_out.bias"][0] += 1
+    save_tensors(folder / "image_tokenizer.safetensors", tensors)
+    assert stored_digest(folder) != stored_digest(tiny_model)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mars.config import from_dict, load_config, to_dict
+from mars.config import from_dict, from_overrides, load_config, to_dict
 from mars.errors import ConfigError
 
 
@@ -189,6 +189,16 @@ runs = st.builds(
     weights=st.dictionaries(st.text(), st.floats(allow_nan=False), max_size=3),
     rates=st.builds(Rates, learning_rate=st.floats(min_value=0, exclude_min=True), warmup=st.integers()),
 )
+
+
+def test_overrides_alone_make_a_config() -> None:
+    assert from_overrides(Run, ["steps=9", "rates.learning_rate=1e-3", "steps=8"]) == Run(
+        steps=8, rates=Rates(learning_rate=1e-3)
+    )
+    with pytest.raises(ConfigError, match=r"^steps is required \(int\), but it is missing$"):
+        from_overrides(Run, [])
+    with pytest.raises(ConfigError, match=r"^unknown key step; did you mean steps\?$"):
+        from_overrides(Run, ["step=9"])
 
 
 @given(runs)

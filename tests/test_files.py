@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from mars.errors import DataError
-from mars.files import whole_file
+from mars.errors import CheckpointError, DataError
+from mars.files import place_for, whole_file
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -33,3 +33,19 @@ def test_a_block_that_fails_leaves_the_old_file(tmp_path: Path, error: BaseExcep
     if isinstance(error, OSError):
         assert str(caught.value) == f"cannot write {tmp_path / 'a.txt'}: the disk is full; nothing was written"
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.txt", "old")]
+
+
+def test_a_place_is_new_or_empty_or_holds_what_may_be_replaced(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty", "deep/new"):
+        assert place_for(tmp_path / name, error=CheckpointError) == (tmp_path / name).resolve()
+    (tmp_path / "file").touch()
+    for name in (".", "file"):
+        with pytest.raises(CheckpointError, match="must be new or empty, as what is there would be lost; name another"):
+            place_for(tmp_path / name, error=CheckpointError)
+    assert place_for(tmp_path, error=CheckpointError, may_replace=lambda folder: (folder / "file").exists()) == tmp_path
+
+
+def test_a_place_is_absolute_even_if_it_is_where_we_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert place_for(Path(), error=CheckpointError) == tmp_path.resolve()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 
 from mars.errors import ImageError
-from mars.picture import GeneratedImage, open_picture
+from mars.picture import GeneratedImage, on_white_page, open_picture
 
 TEXT = {"prompt": '红苹果 \N{GRINNING FACE} "quoted"\nsecond line', "seed": "7", "settings": json.dumps({"top_p": 0.9})}
 
@@ -197,3 +197,14 @@ def test_a_picture_of_a_phone_with_a_second_one_inside_is_its_first(tmp_path: Pa
         assert opened.format == "MPO"
     found = open_picture(tmp_path / "a.jpg")
     assert np.abs(np.asarray(found, dtype=int) - np.asarray(halves(), dtype=int)).mean() < 5
+
+
+@pytest.mark.parametrize(
+    ("size", "box"), [((60, 40), (0, 0, 48, 32)), ((20, 40), (16, 0, 32, 32)), ((480, 16), (0, 15, 48, 17))]
+)
+def test_a_picture_lies_whole_in_the_middle_of_a_white_page(
+    size: tuple[int, int], box: tuple[int, int, int, int]
+) -> None:
+    page = on_white_page(Image.new("RGB", size, "black"), size=(48, 32))
+    assert (page.size, page.mode) == ((48, 32), "RGB")
+    assert ImageChops.invert(page).getbbox() == box

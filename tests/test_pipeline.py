@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 import subprocess
@@ -8,13 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 
 import mars
-from mars.errors import ImageError, MarsError, ModelError, PromptError, RequestError
+from mars.checkpoint import save_tensors
+from mars.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ImageError,
+    MarsError,
+    ModelError,
+    PromptError,
+    RequestError,
+)
 from mars.generation.sampling import Sampling
 from mars.model.base_llm import open_base_llm
 from mars.model.language_tensors import tensors_digest
+from mars.model.precision import Precision
 from mars.pipeline import MAX_IMAGES, MarsPipeline
 
 PROMPTS = ["a red apple", "红苹果", "x", "a long prompt about nothing at all"]
@@ -218,3 +231,110 @@ def test_a_package_without_a_model_says_how_to_get_one(tmp_path: Path, monkeypat
     monkeypatch.setattr("mars.pipeline.SHIPPED", tmp_path)
     with pytest.raises(ModelError, match="no model comes with this version; train one with"):
         MarsPipeline.from_pretrained()
+
+
+def test_a_saved_model_draws_the_same_and_has_a_card(pipe: MarsPipeline, tmp_path: Path) -> None:
+    for _ in range(2):  # the second time over the first
+        pipe.save_pretrained(tmp_path / "deep" / "saved")
+    again = MarsPipeline.from_pretrained(tmp_path / "deep" / "saved")
+    for seed in (1, 2):
+        assert again(PROMPTS, seed=seed).images[1].tobytes() == pipe(PROMPTS, seed=seed).images[1].tobytes()
+    assert again.model.info == pipe.model.info
+    assert again.describe() == pipe.describe()
+    card = ModelCard.load(tmp_path / "deep" / "saved" / "README.md")
+    assert card.data.to_dict()["pipeline_tag"] == "text-to-image"
+    assert again.model.visual_digest in card.text
+    assert again.model.info.language_digest in card.text
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["saved"]
+
+
+def test_a_card_names_the_weights_that_were_written(pipe: MarsPipeline, tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "wide"))
+    wide = {name: weight * 1.0001 for name, weight in pipe.model.transformer.visual_tensors().items()}
+    save_tensors(folder / "visual.safetensors", wide)  # fp32, as a run that is not done has them
+    opened = MarsPipeline.from_pretrained(folder)
+    opened.save_pretrained(tmp_path / "saved")
+    digest = MarsPipeline.from_pretrained(tmp_path / "saved").model.visual_digest
+    assert digest != opened.model.visual_digest
+    assert digest in (tmp_path / "saved" / "README.md").read_text("utf-8")
+
+
+def test_nothing_is_saved_over_something_else_or_from_rounded_weights(
+    pipe: MarsPipeline, even_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").touch()
+    with pytest.raises(CheckpointError, match="must be new or empty, as what is there would be lost"):
+        pipe.save_pretrained(tmp_path / "photos")
+    rounded = MarsPipeline.from_pretrained(even_model, precision="int8")
+    with pytest.raises(CheckpointError, match="weights rounded to int8 cannot be saved; open the model in fp32"):
+        rounded.save_pretrained(tmp_path / "new")
+    with pytest.raises(CheckpointError, match="weights rounded to int8"):
+        rounded.push_to_hub("someone/tiny")
+    with pytest.raises(DataError, match="must be a report"):
+        pipe.save_pretrained(tmp_path / "new", report=even_model / "config.json")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.png", "photos"]
+
+
+def test_a_full_disk_leaves_no_half_of_a_model(
+    pipe: MarsPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mars.files.os.replace", no_space)
+    with pytest.raises(CheckpointError, match="the disk is full; nothing was written"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_rounded_weights_draw_the_same_picture_each_time_from_fewer_bytes(
+    even_model: Path, precision: Precision
+) -> None:
+    whole = MarsPipeline.from_pretrained(even_model)
+    pipe = MarsPipeline.from_pretrained(even_model, precision=precision)
+    first, again, other = (pipe(PROMPTS[:2], seed=seed) for seed in (1, 1, 2))
+    assert [image.size for image in first.images] == [(32, 32)] * 2
+    assert torch.equal(first.codes, again.codes)
+    assert not torch.equal(first.codes, other.codes)
+    assert isinstance(pipe.chat("hello", max_tokens=3), str)
+    assert isinstance(pipe.caption(first.images[0], max_tokens=3), str)
+    table, before = pipe.describe(), whole.describe()
+    assert int(table["bytes in memory"]) < int(before["bytes in memory"])
+    assert table["language expert parameters"] == before["language expert parameters"]
+    assert (table["precision"], table["visual digest"]) == (precision, before["visual digest"])
+
+
+def test_weights_that_blocks_do_not_divide_and_unknown_precisions_are_one_line(tiny_model: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"layers\.\d\..*need a multiple of 32 inputs, got \d+; choose another width, or fp32"
+    ):
+        MarsPipeline.from_pretrained(tiny_model, precision="int4")
+    for source in (tiny_model, "nobody/nothing"):  # before the hub is asked
+        with pytest.raises(ConfigError, match="precision must be one of fp32, int8, int4, got 'int5'"):
+            MarsPipeline.from_pretrained(source, precision="int5")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_a_released_llm_draws_the_same_picture_and_no_other(even_model: Path, precision: Precision) -> None:
+    wanted = MarsPipeline.from_pretrained(even_model, precision=precision)(PROMPTS, seed=4)
+    pipe = MarsPipeline.from_pretrained(even_model, precision=precision)
+    before = pipe.describe()
+    drawn = pipe(PROMPTS, seed=4, release_language=True)
+    assert [image.tobytes() for image in drawn.images] == [image.tobytes() for image in wanted.images]
+    table = pipe.describe()
+    assert int(table["bytes in memory"]) < int(before["bytes in memory"])
+    assert int(table["language expert parameters"]) < 0.02 * int(before["language expert parameters"])  # shared norms
+    assert table["visual expert parameters"] == before["visual expert parameters"]
+    assert table["language digest"] == "none: rounded or released"
+    for use in (lambda: pipe("a"), lambda: pipe.chat("a"), lambda: pipe.caption(drawn.images[0])):
+        with pytest.raises(RequestError, match="released after its prompt; open the model again") as caught:
+            use()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_revision_of_a_folder_is_one_line(tiny_model: Path) -> None:
+    for source in (tiny_model, "nowhere", None):
+        with pytest.raises((RequestError, ModelError), match="a revision is for a model on the hub|no model comes"):
+            MarsPipeline.from_pretrained(source, revision="v1")

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.image_tokenizer.model import ImageTokenizer
 from mars.model.base_llm import open_base_llm
 from mars.model.config import ModelConfig
+from mars.model.hub_folder import is_whole as is_whole_language
 from mars.model.language_tensors import tensors_digest
-from mars.model.precision import Precision, check_precision, lower_precision
+from mars.model.precision import Precision, check_model_memory, check_precision, lower_precision
 from mars.model.transformer import MarsTransformer, build_transformer
 from mars.sequence.text import TextTokenizer
 
@@ -183,6 +185,8 @@ class ModelInfo:
     format: str = FORMAT
 
     def __post_init__(self) -> None:
+        if self.language.startswith("./") and ".." in Path(self.language).parts:
+            raise ConfigError(f"language must not leave the model's own folder by .., got {self.language}")
         if not self.grids or not all(rows > 0 and columns > 0 for rows, columns in self.grids):
             raise ConfigError(f"grids must hold at least one [rows, columns] above 0, got {list(self.grids)}")
         if self.factor is not None and self.factor < 1:
@@ -301,9 +305,26 @@ def read_info(folder: Path) -> tuple[ModelInfo, ModelConfig]:
 
 
 def is_whole_model(folder: Path) -> bool:
-    """Whether every file of a model is there; its LLM is looked for when it is opened."""
+    """Whether every file of a model is there, its LLM's too if that lies in the same folder."""
     names = ("config.json", "visual.safetensors", "image_tokenizer.json", "image_tokenizer.safetensors")
-    return all((folder / name).is_file() for name in names)
+    if not all((folder / name).is_file() for name in names):
+        return False
+    try:
+        info, _ = read_info(folder)
+    except CheckpointError:
+        return False
+    return not info.language.startswith("./") or is_whole_language(folder / info.language)
+
+
+def stored_digest(folder: Path) -> str:
+    """Digest of the visual expert and of the image tokenizer together, as a model's folder stores them.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged.
+    """
+    codec = read_tensors(folder / "image_tokenizer.safetensors")
+    visual = read_tensors(folder / "visual.safetensors")
+    return tensors_digest({**visual, **{f"image_tokenizer.{name}": tensor for name, tensor in codec.items()}})
 
 
 def load_model(
@@ -316,25 +337,28 @@ def load_model(
     Raises:
         ConfigError: for an unknown precision.
         CheckpointError: if the folder is damaged, or the LLM is not the one that the model was trained on.
-        ModelError: if the LLM cannot be found.
+        ModelError: if the LLM cannot be found, or memory is too small.
     """
     if not folder.is_dir():
         raise ModelError(f"no model at {folder}; name a folder that holds config.json and visual.safetensors")
     check_precision(precision)
     info, config = read_info(folder)
-    image_tokenizer, codec = load_image_tokenizer(folder)  # before the LLM, which may take long
+    image_tokenizer, _ = load_image_tokenizer(folder)  # before the LLM, which may take long
     check_image_tokenizer(image_tokenizer.config, num_codes=config.num_codes, factor=info.factor, where=str(folder))
     stored = read_tensors(folder / "visual.safetensors")
+    with torch.device("meta"):
+        shapes = MarsTransformer(config)
     llm = open_base_llm(
         language_source(info, folder=folder),
         revision=info.language_revision,
         dtype=torch.float32 if precision == "fp32" else None,
         notify=notify,
+        check=partial(check_model_memory, shapes, name=info.name, precision=precision),
     )
     if llm.digest != info.language_digest:
         raise CheckpointError(
             f"{info.name} was trained on the LLM {info.language_digest[:19]}…, "
-            f"but {info.language} is {llm.digest[:19]}…"
+            f"but {info.language} is {llm.digest[:19]}…; name the first in config.json"
         )
     if llm.config != config.language:
         raise CheckpointError(f"{folder / 'config.json'} does not describe {info.language}; its language part is wrong")
@@ -344,9 +368,7 @@ def load_model(
         transformer=transformer.eval(),
         image_tokenizer=image_tokenizer,
         text_tokenizer=TextTokenizer(llm.tokenizer, config=llm.tokenizer_config),
-        visual_digest=tensors_digest(
-            {**stored, **{f"image_tokenizer.{name}": tensor for name, tensor in codec.items()}}
-        ),
+        visual_digest=stored_digest(folder),
         precision=precision,
         folder=folder,
     )

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,6 +33,18 @@ def whole_file(path: Path, *, error: type[MarsError]) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def place_for(folder: Path, *, error: type[MarsError], may_replace: Callable[[Path], bool] = lambda _: False) -> Path:
+    """Where a folder is to be written, as an absolute path.
+
+    Raises:
+        error: if something is there that would be lost: anything but an empty folder or what `may_replace` says.
+    """
+    folder = folder.expanduser().resolve()
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or may_replace(folder))):
+        raise error(f"{folder} must be new or empty, as what is there would be lost; name another folder")
+    return folder
 
 
 def cache_folder() -> Path:

@@ -1,25 +1,25 @@
 """Whether weights will fit before they are read."""
 
+import re
 from pathlib import Path
 
 from mars.errors import ModelError
+
+MEMINFO = Path("/proc/meminfo")
+CLOSE_PROGRAMS = "close other programs, or take a machine with more"
 
 
 def available_memory() -> int | None:
     """Bytes that a program may still take without swapping; None where the system does not say (only Linux does)."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", MEMINFO.read_text(encoding="ascii"), flags=re.MULTILINE)
     except (OSError, ValueError):
         return None
-    sizes = {name: rest.split()[0] for name, _, rest in (line.partition(":") for line in lines)}
-    return int(sizes["MemAvailable"]) * 1024 if "MemAvailable" in sizes else None
+    return None if found is None else int(found[1]) * 1024
 
 
-def check_memory(needed: int, *, what: str) -> None:
-    """Raises ModelError when `needed` bytes are more than there are."""
+def check_memory(needed: int, *, what: str, advice: str = CLOSE_PROGRAMS) -> None:
+    """Raises ModelError when `needed` bytes are more than there are; `advice` is what to do then."""
     free = available_memory()
     if free is not None and needed > free:
-        raise ModelError(
-            f"{what} needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
-            "open it with precision int8 or int4, or close other programs"
-        )
+        raise ModelError(f"{what} needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; {advice}")

@@ -75,3 +75,13 @@ def open_picture(path: Path) -> Image.Image:
         raise ImageError(f"{path} is not a picture; give a PNG, JPEG or WebP file") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageError(f"{path} is damaged or cut short ({error}); make it again") from None
+
+
+def on_white_page(image: Image.Image, *, size: tuple[int, int]) -> Image.Image:
+    """The whole picture, as large as it fits, in the middle of a white RGB page of (width, height) pixels."""
+    scale = min(size[0] / image.width, size[1] / image.height)
+    inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    page = Image.new("RGB", size, "white")
+    small = image.convert("RGBA").resize(inner, Image.Resampling.LANCZOS)
+    page.paste(small, ((size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2), small)
+    return page

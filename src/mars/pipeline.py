@@ -9,7 +9,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,24 @@ from PIL import Image
 from torch import Tensor
 
 import mars
-from mars.checkpoint import MarsModel, atomic_folder, is_whole_model, language_source, load_model, read_json, save_model
+from mars.checkpoint import (
+    MarsModel,
+    atomic_folder,
+    is_whole_model,
+    language_source,
+    load_model,
+    read_json,
+    save_model,
+    stored_digest,
+)
 from mars.errors import CheckpointError, ModelError, PromptError, RequestError
+from mars.files import place_for
 from mars.generation.engine import DrawRequest, Progress, continue_text, draw
 from mars.generation.sampling import Sampling
 from mars.hub import hub_folder, is_hub_id, upload
 from mars.model.language_tensors import tensors_digest
-from mars.model.precision import Precision, weights_held
-from mars.picture import GeneratedImage, open_picture
+from mars.model.precision import Precision, check_precision, weights_held
+from mars.picture import GeneratedImage, on_white_page, open_picture
 from mars.sequence.text import CAPTION_HINTS
 
 SHIPPED = Path(__file__).parent / "assets" / "mars-mini"
@@ -42,6 +52,8 @@ def _find(source: str | Path, *, revision: str | None) -> Path:
     """A model's folder on this machine, fetched from the hub if it is only there."""
     folder = Path(source).expanduser()
     if folder.exists() or not is_hub_id(str(source)):
+        if revision is not None:
+            raise RequestError(f"a revision is for a model on the hub, got {revision} for the folder {folder}")
         return folder
     return hub_folder(str(source), revision=revision, is_whole=is_whole_model, subfolders=("language",))
 
@@ -90,12 +102,15 @@ class MarsPipeline:
         Raises:
             ModelError: if there is no such model, or its LLM cannot be found.
             CheckpointError: if a file is damaged or does not fit.
+            ConfigError: for an unknown precision.
+            RequestError: for a revision of a folder.
         """
+        check_precision(precision)
         if source is None and not (SHIPPED / "visual.safetensors").is_file():
             raise ModelError(
                 "no model comes with this version; train one with `mars train configs/mini-pretrain.toml` and name it"
             )
-        folder = SHIPPED if source is None else _find(source, revision=revision)
+        folder = _find(SHIPPED if source is None else source, revision=revision)
         return cls(load_model(folder, precision=precision, notify=notify))
 
     def save_pretrained(self, folder: str | Path, *, report: Path | None = None) -> None:
@@ -107,38 +122,41 @@ class MarsPipeline:
             report: `report.json` of `mars eval`, for the card.
 
         Raises:
-            CheckpointError: if it cannot be written, or the weights in memory are rounded.
+            CheckpointError: if it cannot be written, something else is there, or the weights in memory are rounded.
             DataError: if the report is none.
             ModelError: if the report is of other weights.
         """
-        from mars.model.card import CardFacts, base_model_of, model_card  # counting takes a moment
+        self._save(Path(folder), report=report, hub_id=None)
 
-        model = self.model
+    def _save(self, folder: Path, *, report: Path | None, hub_id: str | None) -> None:
+        model, info = self.model, self.model.info
         if model.precision != "fp32":
             raise CheckpointError(f"weights rounded to {model.precision} cannot be saved; open the model in fp32")
-        own = model.info.language.startswith("./")
-        facts = CardFacts(
-            name=model.info.name,
-            language=model.info.language,
-            language_digest=model.info.language_digest,
-            visual_digest=model.visual_digest,
-            grids=model.info.grids,
-            base_model=base_model_of(model.info.language),
-            includes_language=own,
-        )
-        card = model_card(
-            model.transformer.config,
-            facts,
-            image_tokenizer=model.image_tokenizer.config,
-            report=None if report is None else read_json(report),
-        )
-        with atomic_folder(Path(folder)) as partial:
-            save_model(partial, info=model.info, transformer=model.transformer, image_tokenizer=model.image_tokenizer)
+        found = None if report is None else read_json(report)
+        with atomic_folder(place_for(folder, error=CheckpointError, may_replace=is_whole_model)) as partial:
+            save_model(partial, info=info, transformer=model.transformer, image_tokenizer=model.image_tokenizer)
+            card = self._card(visual_digest=stored_digest(partial), report=found, hub_id=hub_id)
             (partial / "README.md").write_text(card, encoding="utf-8")
-            if own:
-                shutil.copytree(
-                    Path(language_source(model.info, folder=model.folder or Path())), partial / model.info.language
-                )
+            if info.language.startswith("./"):
+                source = language_source(info, folder=model.folder or Path())
+                shutil.copytree(source, partial / info.language)
+
+    def _card(self, *, visual_digest: str, report: Mapping[str, Any] | None, hub_id: str | None) -> str:
+        from mars.model.card import CardFacts, base_model_of, model_card  # counting takes a moment
+
+        info = self.model.info
+        facts = CardFacts(
+            name=info.name,
+            language=info.language,
+            language_digest=info.language_digest,
+            visual_digest=visual_digest,
+            grids=info.grids,
+            base_model=base_model_of(info.language),
+            hub_id=hub_id,
+            includes_language=info.language.startswith("./"),
+        )
+        config, pixels = self.model.transformer.config, self.model.image_tokenizer.config
+        return model_card(config, facts, image_tokenizer=pixels, report=report)
 
     def push_to_hub(
         self, name: str, *, private: bool = False, revision: str | None = None, report: Path | None = None
@@ -146,11 +164,12 @@ class MarsPipeline:
         """Saves into a temporary folder and puts that on the hub as `owner/name`. Returns the commit's address.
 
         Raises:
+            CheckpointError: if the weights in memory are rounded, or the disk is full.
             ModelError: if the hub cannot be reached or refuses.
         """
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "model")
-            self.save_pretrained(folder, report=report)
+            self._save(folder, report=report, hub_id=name)
             return upload(folder, name, private=private, revision=revision, message=f"mars-t2i {mars.__version__}")
 
     @property
@@ -281,7 +300,7 @@ class MarsPipeline:
         transformer, codec = self.model.transformer, self.model.image_tokenizer
         vocabulary, info = transformer.vocabulary, self.model.info
         held = weights_held(transformer)
-        whole = self.model.precision == "fp32"
+        whole = self.model.precision == "fp32" and not transformer.released
         return {
             "name": info.name,
             "language model": info.language,
@@ -294,7 +313,7 @@ class MarsPipeline:
             "codes": vocabulary.num_codes,
             "vocabulary": vocabulary.size,
             "picture sizes": ", ".join(f"{width}x{height}" for width, height in self.sizes),
-            "language digest": tensors_digest(transformer.language_tensors()) if whole else "of rounded weights: none",
+            "language digest": tensors_digest(transformer.language_tensors()) if whole else "none: rounded or released",
             "language digest of the LLM": info.language_digest,
             "visual digest": self.model.visual_digest,
             "bytes in memory": held["language"][1]
@@ -312,12 +331,7 @@ class MarsPipeline:
     @torch.inference_mode()
     def encode(self, image: Image.Image) -> Tensor:
         """A picture to codes (R, C); it is fitted onto a white square of the model's size."""
-        width, height = self.sizes[0]
-        scale = min(width / image.width, height / image.height)
-        inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        page = Image.new("RGB", (width, height), "white")
-        small = image.convert("RGBA").resize(inner, Image.Resampling.LANCZOS)
-        page.paste(small, ((width - inner[0]) // 2, (height - inner[1]) // 2), small)
+        page = on_white_page(image, size=self.sizes[0])
         pixels = torch.from_numpy(np.asarray(page).copy()).permute(2, 0, 1)[None].float() / 255
         return self.model.image_tokenizer.encode(pixels)[0]
 

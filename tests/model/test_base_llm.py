@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from mars import memory
 from mars.errors import ModelError
 from mars.model.base_llm import BaseLLM, open_base_llm, tensors_digest
 from mars.model.config import ModelConfig
@@ -48,11 +49,34 @@ def test_qwen_folders_open(write_hub_folder: WriteHub, architecture: str) -> Non
     assert {hub_name(name) for name in llm.tensors} | {"lm_head.weight"} == state.keys()
 
 
-def test_half_precision_opens_as_fp32(write_hub_folder: WriteHub) -> None:
+def test_half_precision_opens_as_fp32_or_as_it_is_with_one_digest(write_hub_folder: WriteHub) -> None:
     folder, state = write_hub_folder(dtype=torch.bfloat16)
-    for name, tensor in open_base_llm(str(folder)).tensors.items():
-        assert tensor.dtype == torch.float32
+    wide, kept = open_base_llm(str(folder)), open_base_llm(str(folder), dtype=None)
+    for name, tensor in wide.tensors.items():
+        assert (tensor.dtype, kept.tensors[name].dtype) == (torch.float32, torch.bfloat16)
         assert torch.equal(tensor, state[hub_name(name)].float())
+    assert wide.digest == kept.digest == tensors_digest(wide.tensors)
+
+
+@pytest.mark.parametrize(("stored", "kept", "converted"), [
+    (torch.bfloat16, torch.float32, 4), (torch.float32, torch.float32, 0), (torch.float32, torch.bfloat16, 2),
+    (torch.bfloat16, None, 0),
+])  # fmt: skip
+def test_memory_is_asked_for_what_is_converted_before_it_is_read(
+    write_hub_folder: WriteHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    stored: torch.dtype, kept: torch.dtype | None, converted: int,
+) -> None:  # fmt: skip
+    folder, _ = write_hub_folder(dtype=stored)
+    asked: list[int] = []
+    llm = open_base_llm(str(folder), dtype=kept, check=asked.append)
+    assert asked == [converted * sum(tensor.numel() for tensor in llm.tensors.values())]
+    (tmp_path / "meminfo").write_text("MemAvailable: 1 kB")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    if converted:
+        with pytest.raises(ModelError, match=r"needs 0.0 GB of memory, 0.0 GB are free"):
+            open_base_llm(str(folder), dtype=kept)
+    else:
+        open_base_llm(str(folder), dtype=kept)
 
 
 def test_a_gguf_is_converted_once(write_gguf: WriteGGUF, tmp_path: Path) -> None:
@@ -375,7 +399,7 @@ def test_a_gguf_of_a_first_qwen_is_its_folder(write_gguf: WriteGGUF, tmp_path: P
     path, _ = write_gguf(architecture="qwen", config=replace(theirs.config, norm_eps=1e-6), edit=put_weights)
     ours = open_base_llm(str(path), cache=tmp_path / "cache", dtype=kept)
     assert ours.config == theirs.config
-    assert ours.digest == theirs.digest == tensors_digest(ours.tensors)
+    assert ours.digest == theirs.digest == tensors_digest({name: one.float() for name, one in ours.tensors.items()})
     assert {tensor.dtype for tensor in ours.tensors.values()} == {kept}
 
 

@@ -1,13 +1,15 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mars import memory
 from mars.errors import ConfigError, ModelError, RequestError
 from mars.model.config import LanguageConfig, ModelConfig, SemVIEConfig
 from mars.model.language_tensors import language_shapes
-from mars.model.precision import Precision, lower_precision, weights_held
+from mars.model.precision import Precision, bytes_needed, check_model_memory, lower_precision, weights_held
 from mars.model.transformer import MarsTransformer, build_transformer, read_prefixes, start_visual
 from mars.sequence.layout import Modality, Segment, text_segment
 
@@ -56,6 +58,45 @@ def test_rounded_weights_give_nearly_the_same_logits(build: Build, precision: Pr
     for one, other in zip(outputs(transformer), wanted, strict=True):
         assert one.dtype is torch.float32
         assert float((one - other).norm() / other.norm()) < (0.03 if precision == "int8" else 0.35)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("precision", LOWER)
+def test_the_bytes_are_known_before_there_are_weights(build: Build, precision: Precision, tied: bool) -> None:
+    transformer = build(tied=tied)
+    with torch.device("meta"):
+        shapes = MarsTransformer(transformer.config)
+    wanted, visual = bytes_needed(shapes, precision), bytes_needed(shapes, "fp32")
+    assert visual == weights_held(transformer)["visual"][1]
+    lower_precision(transformer, precision)
+    held = sum(size for _, size in weights_held(transformer).values())
+    assert wanted <= held < 1.05 * wanted  # tiles of 16 outputs are filled up
+
+
+@pytest.mark.parametrize(
+    ("precision", "advice"),
+    [
+        ("fp32", "open it with precision int8 or int4, or close"),
+        ("int8", "open it with precision int4, or close"),
+        ("int4", "close"),
+    ],
+)
+def test_a_model_that_will_not_fit_says_what_to_do(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision, advice: str
+) -> None:
+    (tmp_path / "meminfo").write_text("MemAvailable: 1000000 kB")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    check_model_memory(build(), 10**9, name="tiny", precision=precision)
+    with pytest.raises(ModelError, match=rf"^tiny in {precision} needs 3.0 GB of memory, 1.0 GB are free; {advice}"):
+        check_model_memory(build(), 3 * 10**9, name="tiny", precision=precision)
+
+
+@pytest.mark.parametrize("precision", LOWER)
+def test_a_head_that_was_the_table_is_counted_once(build: Build, precision: Precision) -> None:
+    transformer = build(tied=True)
+    before = {part: count for part, (count, _) in weights_held(transformer).items()}
+    lower_precision(transformer, precision)
+    assert {part: count for part, (count, _) in weights_held(transformer).items()} == before
 
 
 @pytest.mark.parametrize("precision", LOWER)

@@ -32,10 +32,13 @@ def image_tokenizer(
     import torch
 
     from mars.checkpoint import atomic_folder, save_image_tokenizer
+    from mars.errors import CheckpointError
+    from mars.files import place_for
     from mars.image_tokenizer.convert import convert_image_tokenizer
 
+    place = place_for(out, error=CheckpointError)
     tokenizer = convert_image_tokenizer(source, family=family)
-    with atomic_folder(out) as folder:
+    with atomic_folder(place) as folder:
         save_image_tokenizer(folder, tokenizer, dtype=torch.float16 if half else torch.float32)
     config = tokenizer.config
     low, high = config.pixel_range
@@ -51,7 +54,7 @@ def init(
         list[str] | None, typer.Option("--set", help="A SemVIE option, as visual_width=448; see ARCHITECTURE.md.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the LLM on the hub.")] = None,
-    size: Annotated[int, typer.Option(help="Pixels on each side of the pictures to train on.", min=16)] = 256,
+    size: Annotated[int, typer.Option(help="Pixels on each side of the pictures to train on.", min=1)] = 256,
     name: Annotated[str | None, typer.Option(help="What the model is called; default: the folder's name.")] = None,
     include_language: Annotated[
         bool, typer.Option("--include-language", help="Write the LLM too, so that the folder needs nothing else.")

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from mars.config import from_dict
 from mars.errors import ConfigError, ModelError
 from mars.files import cache_folder
 from mars.hub import hub_folder, is_hub_id
+from mars.memory import check_memory
 from mars.model.config import LanguageConfig
 from mars.model.hub_config import LAYOUTS, hub_architecture, hub_config
 from mars.model.hub_folder import (
@@ -45,7 +46,7 @@ from mars.model.hub_folder import (
 )
 from mars.model.language_tensors import Digest, language_shapes, tensors_digest
 
-__all__ = ["BaseLLM", "open_base_llm", "tensors_digest"]
+__all__ = ["BaseLLM", "lasting_source", "open_base_llm", "tensors_digest"]
 
 _FORMAT = 1
 """Part of the cache key: raise it when a conversion would give something else."""
@@ -92,6 +93,7 @@ def open_base_llm(
     cache: Path | None = None,
     dtype: torch.dtype | None = torch.float32,
     notify: Callable[[str], None] | None = None,
+    check: Callable[[int], None] | None = None,
 ) -> BaseLLM:
     """Opens an LLM: Llama 2 and 3, SmolLM, the first generation of Qwen, Qwen 1.5, 2, 2.5 and 3.
 
@@ -100,12 +102,15 @@ def open_base_llm(
     is converted into `cache`, by default $MARS_CACHE or ~/.cache/mars; `notify` hears of it, as it is slow.
     Weights are kept in `dtype` (fp32, bf16 or fp16), or with None as they are stored, which copies nothing.
 
-    Beside the weights that are kept, no more than one tensor is in memory at a time.
+    Beside the weights that are kept, no more than one tensor is in memory at a time. Before any is read, `check` is
+    called with the bytes that converted weights will take, which by default must be free.
 
-    Raises ModelError when the source cannot be found, is damaged, or is a model that we cannot run.
+    Raises ModelError when the source cannot be found, is damaged, or is a model that we cannot run, or when memory is
+    too small.
     """
     if dtype not in _DTYPES:
         raise ModelError(f"an LLM can be kept in float32, bfloat16 or float16, got {dtype}")
+    check = check or partial(check_memory, what=f"{source} in {str(dtype).removeprefix('torch.')}")
     path = Path(source).expanduser()
     if source.startswith("package:"):
         path = _package_file(source.removeprefix("package:"))
@@ -117,7 +122,7 @@ def open_base_llm(
         path = hub_folder(source, revision=revision, is_whole=is_whole)
     cache = cache or cache_folder()
     if path.is_file():
-        return _in_dtype(_open_gguf(path, source=source, cache=cache, notify=notify), dtype)
+        return _in_dtype(_open_gguf(path, source=source, cache=cache, notify=notify), dtype, check=check)
     fields, where = read_json(path / "config.json"), str(path / "config.json")
     config = hub_config(fields, source=where)
     tokenizer = _tokenizer(path, cache=cache, notify=notify)
@@ -126,10 +131,16 @@ def open_base_llm(
     return BaseLLM(
         source=source,
         config=config,
-        tensors=read_hub_tensors(path, config, layout=layout, dtype=dtype),
+        tensors=read_hub_tensors(path, config, layout=layout, dtype=dtype, check=check),
         tokenizer=tokenizer,
         tokenizer_config=tokenizer_config,
     )
+
+
+def lasting_source(source: str) -> str:
+    """A source of `open_base_llm` that means the same in every working directory: paths are made absolute."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
 
 
 def _package_file(name: str) -> Path:
@@ -160,10 +171,12 @@ def _open_gguf(path: Path, *, source: str, cache: Path, notify: Callable[[str], 
     return opened
 
 
-def _in_dtype(llm: BaseLLM, dtype: torch.dtype | None) -> BaseLLM:
+def _in_dtype(llm: BaseLLM, dtype: torch.dtype | None, *, check: Callable[[int], None]) -> BaseLLM:
     """A converted GGUF model in another dtype, tensor by tensor."""
-    if dtype in (None, torch.float32):
+    if dtype is None or dtype == torch.float32:
+        check(0)
         return llm
+    check(sum(tensor.numel() for tensor in llm.tensors.values()) * dtype.itemsize)
     tensors = {}
     for name, stored in stored_tensors(llm.tokenizer.with_name("model.safetensors")).items():
         tensors[name] = stored.read(0, stored.shape[0]).to(dtype)

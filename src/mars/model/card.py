@@ -5,19 +5,18 @@ wrote it. It neither reads nor writes a file.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from mars.errors import DataError, ModelError
+from mars.hub import is_hub_id
 from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.model.config import ModelConfig
 from mars.model.costs import count_parameters, meta_image_tokenizer, meta_transformer
 
 TAGS = ("mars", "image-to-text", "autoregressive", "vq-gan")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ class CardFacts:
 
 def base_model_of(language: str) -> str | None:
     """The hub id in an LLM's source, None for a package, a file or a folder."""
-    return language if _HUB_ID.fullmatch(language) and not Path(language).exists() else None
+    return language if is_hub_id(language) and not Path(language).exists() else None
 
 
 def model_card(

@@ -7,32 +7,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from mars.errors import ModelError
 from mars.model.base_llm import BaseLLM
 from mars.model.config import LanguageConfig, RopeScaling
 from mars.model.language_tensors import hub_name
 
-SHARD = "5GB"
+SHARD = 5_000_000_000
+"""Most bytes of one file of weights, unless a single tensor has more."""
 
 
 def save_language(llm: BaseLLM, folder: Path) -> None:
-    """Writes config.json, safetensors (in shards of 5 GB), tokenizer.json and a chat template into an existing folder.
+    """Writes config.json, safetensors (in shards), tokenizer.json and a chat template into an existing folder.
 
     Raises:
         ModelError: if the hub's layout has no word for what the LLM does.
+        OSError: if a file cannot be written.
     """
-    from huggingface_hub import save_torch_state_dict  # slow to import
-
     settings = llm.tokenizer_config
     fields = hub_fields(llm.config) | {name: settings.get(name) for name in ("bos_token_id", "eos_token_id")}
     fields["torch_dtype"] = str(next(iter(llm.tensors.values())).dtype).removeprefix("torch.")
     _write(folder / "config.json", fields)
-    tensors: dict[str, torch.Tensor] = {hub_name(name): tensor for name, tensor in llm.tensors.items()}
-    save_torch_state_dict(tensors, folder, max_shard_size=SHARD, metadata={"format": "pt"})
+    _save_weights({hub_name(name): tensor for name, tensor in llm.tensors.items()}, folder)
     shutil.copyfile(llm.tokenizer, folder / "tokenizer.json")
     if settings.get("chat_template"):
         (folder / "chat_template.jinja").write_text(settings["chat_template"], encoding="utf-8")
+
+
+def _save_weights(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """One file, or several and an index. Not by the hub's own client, which refuses tensors that are parts of one."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and tensor.nbytes + sum(other.nbytes for other in shards[-1].values()) > SHARD:
+            shards.append({})
+        shards[-1][name] = tensor.contiguous()
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        _write(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for name, shard in zip(names, shards, strict=True):
+        try:
+            save_file(shard, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:  # of a full disk too
+            raise OSError(str(error)) from error
+        (folder / name).chmod(folder.stat().st_mode & 0o666)  # safetensors makes files their owner's alone
 
 
 def hub_fields(config: LanguageConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ so that no more is in memory than what is kept and one tensor.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,12 +137,17 @@ def _headers(folder: Path) -> dict[str, StoredTensor]:
 
 
 def read_hub_tensors(
-    folder: Path, config: LanguageConfig, *, layout: Layout = HUB, dtype: torch.dtype | None = torch.float32
+    folder: Path,
+    config: LanguageConfig,
+    *,
+    layout: Layout = HUB,
+    dtype: torch.dtype | None = torch.float32,
+    check: Callable[[int], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     """The tensors under our names in `dtype` (None: as stored); memory-mapped where the files hold them so.
 
-    `layout` is how the files name them. Raises ModelError when they are not those that `config` describes, not
-    floating-point numbers, or not finite.
+    `layout` is how the files name them. `check` hears of the bytes that converting will take before any is read.
+    Raises ModelError when they are not those that `config` describes, not floating-point numbers, or not finite.
     """
     stored = {
         name: tensor
@@ -154,6 +159,9 @@ def read_hub_tensors(
     for name, one in stored.items():
         if one.dtype not in _DTYPES:
             raise ModelError(f"{folder}: tensor {name} must hold fp32, fp16 or bf16, got {one.dtype}; use another file")
+    if check is not None:
+        copied = [one for one in stored.values() if dtype not in (None, _DTYPES[one.dtype])]
+        check(sum(math.prod(one.shape) for one in copied) * (dtype or torch.float32).itemsize)
     tensors = {}
     for path in sorted({one.path for one in stored.values()}):
         here = {ours: place for ours, place in places.items() if stored[place.tensor].path == path}

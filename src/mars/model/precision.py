@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from mars.errors import ConfigError
-from mars.model.quantized import Bits, QuantizedLinear, quantize_linears
+from mars.memory import CLOSE_PROGRAMS, check_memory
+from mars.model.quantized import BLOCK, Bits, QuantizedLinear, quantize_linears
 from mars.model.transformer import MarsTransformer, is_language
 
 Precision = Literal["fp32", "int8", "int4"]
@@ -47,6 +48,31 @@ def lower_precision(transformer: MarsTransformer, precision: Precision) -> None:
                 setattr(module, name, kept)
 
 
+def bytes_needed(transformer: MarsTransformer, precision: Precision) -> int:
+    """Bytes that a model's weights will take in memory, by their shapes alone; rounding needs a little more on the way.
+
+    In fp32 the visual side's only: the language expert stays in its file, unless it must be converted.
+    """
+    if precision == "fp32":
+        return 4 * sum(weight.numel() for weight in transformer.visual_tensors().values())
+    linear = _BITS[precision] + 16 / BLOCK
+    bits = 0.0 if hasattr(transformer, "language_head") else linear * transformer.language_embedding.weight.numel()
+    for module in transformer.modules():
+        for weight in module.parameters(recurse=False):
+            if isinstance(module, nn.Linear) and weight.dim() == 2:
+                bits += linear * weight.numel()
+            else:
+                bits += (16 if isinstance(module, nn.Embedding) else 32) * weight.numel()
+    return int(bits / 8)
+
+
+def check_model_memory(transformer: MarsTransformer, converted: int, *, name: str, precision: Precision) -> None:
+    """Raises ModelError if a model will not fit; `converted` are the bytes of an LLM that cannot stay in its file."""
+    smaller = {"fp32": "open it with precision int8 or int4, or ", "int8": "open it with precision int4, or "}
+    needed = bytes_needed(transformer, precision) + converted
+    check_memory(needed, what=f"{name} in {precision}", advice=smaller.get(precision, "") + CLOSE_PROGRAMS)
+
+
 def weights_held(transformer: MarsTransformer) -> dict[str, tuple[int, int]]:
     """Weights and the bytes that they take, of the `language` expert and of everything `visual`."""
     held = {"language": (0, 0), "visual": (0, 0)}
@@ -56,6 +82,7 @@ def weights_held(transformer: MarsTransformer) -> dict[str, tuple[int, int]]:
             part = "language" if is_language(f"{name}.{own}".lstrip(".")) else "visual"
             count, size = tensor.numel(), tensor.numel() * tensor.element_size()
             if isinstance(module, QuantizedLinear) and own != "bias":
-                count = module.out_features * module.in_features if own == "codes" else 0
+                again = name == "language_head" and transformer.config.language.tied_embeddings  # the table as a layer
+                count = module.out_features * module.in_features if own == "codes" and not again else 0
             held[part] = held[part][0] + count, held[part][1] + size
     return held

