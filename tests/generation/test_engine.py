@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mars.errors import RequestError
-from mars.generation.engine import DrawRequest, continue_text, draw
+from mars.generation import engine
+from mars.generation.engine import SEED_STRIDE, DrawRequest, continue_text, draw
 from mars.generation.sampling import Sampling
 from mars.model.transformer import MarsTransformer
 from mars.sequence.layout import drawn_image, read_image, text_segment
@@ -45,7 +46,38 @@ def full_logits(transformer: MarsTransformer, prompt: Sequence[int], codes: Tens
     with torch.no_grad():
         transformer(text_segment([prompt]), cache)
         hidden = transformer(drawn_image(codes[None], transformer.vocabulary), cache)
-    return transformer.visual_logits(hidden)[0, :, : transformer.vocabulary.num_codes]
+        return transformer.visual_logits(hidden)[0, :, : transformer.vocabulary.num_codes]
+
+
+def likelihood(transformer: MarsTransformer, prompt: Sequence[int], codes: Tensor) -> float:
+    logits = full_logits(transformer, prompt, codes)
+    return float(logits.log_softmax(dim=1).gather(1, codes.flatten()[:, None]).sum())
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_of_several_candidates_the_likeliest_is_kept(transformer: MarsTransformer, guidance: float) -> None:
+    request = ask(PROMPTS[2], 11, guidance=guidance, temperature=1.5, candidates=6)
+    kept = draw(transformer, [request], grid=GRID)[0]
+    alone = [
+        draw(transformer, [ask(PROMPTS[2], (11 + number * SEED_STRIDE) % 2**63, guidance=guidance, temperature=1.5)],
+             grid=GRID)[0]
+        for number in range(6)
+    ]  # fmt: skip
+    found = [likelihood(transformer, PROMPTS[2], codes) for codes in alone]
+    assert torch.equal(kept, alone[found.index(max(found))])
+    assert len(set(found)) > 3
+
+
+def test_candidates_are_drawn_in_batches_and_change_no_other_request(
+    transformer: MarsTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [*MIXED[:3], ask(PROMPTS[3], 8, candidates=5), ask(PROMPTS[1], 9, candidates=2)]
+    wanted = torch.stack([draw(transformer, [request], grid=GRID)[0] for request in requests])
+    assert torch.equal(draw(transformer, requests, grid=GRID), wanted)
+    monkeypatch.setattr(engine, "MAX_ROWS", 4)
+    seen: list[tuple[int, int]] = []
+    assert torch.equal(draw(transformer, requests, grid=GRID, progress=lambda *both: seen.append(both)), wanted)
+    assert seen == [(done, 18) for done in range(1, 19)]  # 3, then 5, then 2 candidates
 
 
 def test_a_batch_is_its_requests_one_by_one(transformer: MarsTransformer) -> None:

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from mars.cli.convert import convert_app, init
 from mars.cli.data import data_app
 from mars.cli.options import (
+    Candidates,
     Debug,
     Guidance,
     Json,
@@ -95,6 +96,7 @@ def generate(
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
+    candidates: Candidates = None,
     negative: Annotated[str, typer.Option(help="What guidance moves away from.")] = "",
     model: Model = None,
     precision: Precision = "fp32",
@@ -105,7 +107,7 @@ def generate(
     from mars.cli.drawing import draw_all, save, targets
 
     prompts = _prompts(prompt)
-    sampling = sampling_of(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    sampling = sampling_of(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, candidates=candidates)
     files = targets(out, n * len(prompts))
     pipe = open_pipeline(model, precision=precision)
     pictures: list[dict[str, Any]] = []
@@ -217,6 +219,7 @@ def evaluate(
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
+    candidates: Candidates = None,
     model: Model = None,
     precision: Precision = "fp32",
     debug: Debug = False,
@@ -224,7 +227,7 @@ def evaluate(
     """Measure how well pictures fit their prompts: retrieval among 100 true pictures, English and Chinese."""
     from mars.evaluation.benchmarks import retrieval_benchmark
 
-    sampling = sampling_of(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    sampling = sampling_of(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, candidates=candidates)
     report = retrieval_benchmark(
         open_pipeline(model, precision=precision),
         pictures=pictures,

@@ -23,6 +23,7 @@ Guidance = Annotated[float | None, typer.Option(help="How closely to follow the 
 Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest code.")]
 TopK = Annotated[int | None, typer.Option(help="Choose among this many codes; 0 is all.")]
 TopP = Annotated[float | None, typer.Option(help="Choose among codes of this share of probability.")]
+Candidates = Annotated[int | None, typer.Option(help="Draw this many and keep the one that the model finds likeliest.")]
 
 
 def say(message: str) -> None:
@@ -41,12 +42,23 @@ def open_pipeline(model: str | None, *, precision: str = "fp32") -> "MarsPipelin
 
 
 def sampling_of(
-    *, guidance: float | None, temperature: float | None, top_k: int | None, top_p: float | None
+    *,
+    guidance: float | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    candidates: int | None,
 ) -> "Sampling":
     """The pipeline's settings, with what was asked for in their place."""
     from dataclasses import replace
 
     from mars.pipeline import DEFAULT_SAMPLING
 
-    asked: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    asked: dict[str, Any] = {
+        "guidance": guidance,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "candidates": candidates,
+    }
     return replace(DEFAULT_SAMPLING, **{name: value for name, value in asked.items() if value is not None})

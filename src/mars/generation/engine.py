@@ -4,7 +4,7 @@ Letters: B requests, T positions, R rows, C columns.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,11 @@ class DrawRequest:
     sampling: Sampling
 
 
+MAX_ROWS = 128
+"""Candidates that are drawn at once; more would only wait for each other."""
+SEED_STRIDE = 0x1E3779B97F4A7C15
+"""Between the seeds of the candidates of one request."""
+
 Progress = Callable[[int, int], None]
 """Called after each code with how many are done and how many there are."""
 
@@ -42,7 +47,7 @@ def draw(
     release_language: bool = False,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Draws one code grid per request, all in one batch; (B, R, C) int64.
+    """Draws one code grid per request, in batches of at most `MAX_ROWS` candidates; (B, R, C) int64.
 
     Prompts may differ in length. A row's codes depend on its own request alone, up to rounding: products of other
     shapes round differently. With `release_language` the language expert leaves memory once it has read the prompts.
@@ -50,26 +55,81 @@ def draw(
     Raises:
         RequestError: if a prompt and its image do not fit into the LLM's positions.
     """
-    vocabulary, (rows, columns) = transformer.vocabulary, grid
+    places = grid[0] * grid[1]
+    batches = _batches(requests)
+    kept: list[Tensor] = []
+    for number, batch in enumerate(batches):
+
+        def tell(done: int, before: int = number * places) -> None:
+            if progress is not None:
+                progress(before + done, len(batches) * places)
+
+        last = number == len(batches) - 1
+        rows = [candidate for request in batch for candidate in _candidates(request)]
+        codes_BN, likelihoods_B = _draw_rows(
+            transformer, rows, grid=grid, release_language=release_language and last, tell=tell
+        )
+        start = 0
+        for request in batch:
+            end = start + request.sampling.candidates
+            kept.append(codes_BN[start + int(likelihoods_B[start:end].argmax())])
+            start = end
+    return torch.stack(kept).view(-1, *grid)
+
+
+def _batches(requests: Sequence[DrawRequest]) -> list[list[DrawRequest]]:
+    """Requests in order, as many at a time as their candidates allow."""
+    batches: list[list[DrawRequest]] = [[]]
+    room = MAX_ROWS
+    for request in requests:
+        if batches[-1] and request.sampling.candidates > room:
+            batches.append([])
+            room = MAX_ROWS
+        batches[-1].append(request)
+        room -= request.sampling.candidates
+    return batches
+
+
+def _candidates(request: DrawRequest) -> list[DrawRequest]:
+    """The request with a seed per candidate; the first keeps its own."""
+    return [
+        replace(request, seed=(request.seed + number * SEED_STRIDE) % 2**63)
+        for number in range(request.sampling.candidates)
+    ]
+
+
+def _draw_rows(
+    transformer: MarsTransformer,
+    requests: Sequence[DrawRequest],
+    *,
+    grid: tuple[int, int],
+    release_language: bool,
+    tell: Callable[[int], None],
+) -> tuple[Tensor, Tensor]:
+    """Codes (B, N) of each request, and their log-likelihood (B,) after the prompt in nats."""
+    vocabulary, places = transformer.vocabulary, grid[0] * grid[1]
     guidance = Guidance([request.sampling.guidance for request in requests])
     texts = [request.prompt for request in requests] + [requests[index].free for index in guidance.guided]
-    cache = _read_texts(transformer, texts, room=rows * columns)
+    cache = _read_texts(transformer, texts, room=places)
     if release_language:
         transformer.release_language()
     samplings = [request.sampling for request in requests]
     device = transformer.visual_embedding.weight.device
     generators = [torch.Generator(device).manual_seed(request.seed) for request in requests]
     ids = torch.full((guidance.rows,), vocabulary.image_start, device=device)
-    codes_BN = torch.empty(len(requests), rows * columns, dtype=torch.long, device=device)
-    for place in range(rows * columns):
-        segment = Segment(modality=Modality.IMAGE, ids=ids[:, None], columns=columns, start=place)
+    codes_BN = torch.empty(len(requests), places, dtype=torch.long, device=device)
+    likelihoods_B = torch.zeros(len(requests), device=device)
+    for place in range(places):
+        segment = Segment(modality=Modality.IMAGE, ids=ids[:, None], columns=grid[1], start=place)
         hidden = transformer(segment, cache)
         logits = transformer.visual_logits(hidden[:, 0])[:, : vocabulary.num_codes]
-        codes_BN[:, place] = sample(guidance.combine(logits), samplings, generators)
-        ids = guidance.spread(codes_BN[:, place]) + vocabulary.first_code
-        if progress is not None:
-            progress(place + 1, rows * columns)
-    return codes_BN.view(-1, rows, columns)
+        chosen_B = sample(guidance.combine(logits), samplings, generators)
+        prompted = logits[: len(requests)].float()
+        likelihoods_B += prompted.gather(1, chosen_B[:, None])[:, 0] - prompted.logsumexp(dim=1)
+        codes_BN[:, place] = chosen_B
+        ids = guidance.spread(chosen_B) + vocabulary.first_code
+        tell(place + 1)
+    return codes_BN, likelihoods_B
 
 
 def _read_texts(transformer: MarsTransformer, texts: Sequence[tuple[int, ...]], *, room: int) -> StaticCache:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from mars.errors import RequestError
 
+MAX_CANDIDATES = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -25,6 +27,8 @@ class Sampling:
     """Keep the likeliest ids that together hold this share of the probability."""
     guidance: float = 1.0
     """Classifier-free guidance: 1 is none, more follows the prompt more closely."""
+    candidates: int = 1
+    """Draw this many and keep the one that the model itself finds likeliest after the prompt, without guidance."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -35,6 +39,8 @@ class Sampling:
             raise RequestError(f"top_p must lie in 0..1 and be greater than 0, got {self.top_p}")
         if not 0 <= self.guidance <= 100:
             raise RequestError(f"guidance must lie in 0..100 (1 is none), got {self.guidance}")
+        if not 1 <= self.candidates <= MAX_CANDIDATES:
+            raise RequestError(f"candidates must lie in 1..{MAX_CANDIDATES}, got {self.candidates}")
 
 
 def restrict(logits_V: Tensor, sampling: Sampling) -> Tensor:
