@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from mars.data.shards import Picture, write_pictures
 from mars.errors import DataError, RequestError
@@ -92,9 +93,22 @@ def test_what_training_has_seen_is_dropped_and_told(
 def test_the_tokenizer_is_measured_on_held_out_pictures(pipe: MarsPipeline, pictures: dict[str, Picture]) -> None:
     held_out = [one for one in pictures.values() if one.record.split != "train"]
     figures, grid = tokenizer_benchmark(pipe.model.image_tokenizer, held_out=held_out)
-    assert figures.keys() == {"psnr", "ssim", "perceptual", "usage", "perplexity", "held_out_pictures"}
+    wanted = {"psnr", "ssim", "perceptual", "usage", "perplexity", "held_out_pictures"}
+    assert figures.keys() == wanted
     assert figures["held_out_pictures"] == len(held_out) == 20
     assert grid.size == (10 * 32, 4 * 32)
+    quantizer = pipe.model.image_tokenizer.quantizer
+    bias = torch.zeros_like(quantizer.bias)
+    bias[0] = 1e6  # every patch takes code 0
+    quantizer.bias.copy_(bias)
+    try:
+        biased, _ = tokenizer_benchmark(pipe.model.image_tokenizer, held_out=held_out)
+        assert torch.equal(quantizer.bias, bias)
+    finally:
+        quantizer.bias.zero_()
+    assert biased["perplexity"] == pytest.approx(1)
+    assert biased["nearest_perplexity"] == pytest.approx(figures["perplexity"])
+    assert biased["nearest_psnr"] == pytest.approx(figures["psnr"])
     with pytest.raises(DataError, match="got none"):
         tokenizer_benchmark(pipe.model.image_tokenizer, held_out=[])
 

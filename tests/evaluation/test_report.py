@@ -41,6 +41,9 @@ def test_the_page_holds_every_figure() -> None:
     assert "50.0% (43.0%..57.0%) | 1.0% | 90.0% | 55% (47%..63%) | 70.0%" in row
     assert "| 622 | 22.50 dB | 0.800 | 0.700 | 79.3% | 3,657 |" in page
     assert "Note: held-out concepts: few" in page
+    nearest = {"nearest_psnr": 22.9, "nearest_ssim": 0.83, "nearest_usage": 0.89, "nearest_perplexity": 4681.0}
+    page = markdown({**REPORT, "image_tokenizer": {**REPORT["image_tokenizer"], **nearest}})
+    assert "| nearest codes | 22.90 dB | 0.830 | - | 89.0% | 4,681 |" in page
 
 
 def test_a_share_that_does_not_exist_is_a_dash() -> None:

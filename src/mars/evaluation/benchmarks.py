@@ -144,6 +144,8 @@ def tokenizer_benchmark(
 ) -> tuple[dict[str, float], Image.Image]:
     """PSNR, SSIM, perceptual distance, codebook usage and perplexity over pictures of one size, and a grid of them.
 
+    Where codes of less entropy are chosen, the figures of nearest codes stand beside them (`nearest_...`).
+
     Raises:
         DataError: if there are none.
         ModelError: if the features of the perceptual distance are not installed.
@@ -152,6 +154,12 @@ def tokenizer_benchmark(
         raise DataError("the image tokenizer must be measured on held-out pictures, got none; take a shard with some")
     images = torch.stack([torch.from_numpy(one.pixels()) for one in held_out]).permute(0, 3, 1, 2)
     figures = evaluate_tokenizer(image_tokenizer, images, perceptual=PerceptualDistance())
+    bias_V = image_tokenizer.quantizer.bias.clone()
+    if bool(bias_V.any()):
+        image_tokenizer.quantizer.bias.zero_()
+        nearest = evaluate_tokenizer(image_tokenizer, images)
+        image_tokenizer.quantizer.bias.copy_(bias_V)
+        figures |= {f"nearest_{name}": value for name, value in nearest.items()}
     columns = min(12, -(-len(images) // 2))
     shown = torch.linspace(0, len(images) - 1, 2 * columns).long()  # from all styles
     grid = reconstruction_grid(image_tokenizer, images[shown], columns=columns)

@@ -121,12 +121,21 @@ def markdown(report: dict[str, Any]) -> str:
         "| held-out pictures | PSNR | SSIM | perceptual distance | codes used | perplexity |",
         "|--:|--:|--:|--:|--:|--:|",
         f"| {codec['held_out_pictures']} | {' | '.join(values)} |",
+        *_nearest(codec),
         "",
         f"Sampling {json.dumps(settings['sampling'])}, seed {settings['seed']}; model {model['visual_digest'][:19]}; "
         f"{report['machine']['cores']} cores, {sum(report['seconds'].values()):.0f} s.",
         *[f"Note: {note}" for note in report["notes"]],
     ]
     return "\n".join(lines) + "\n"
+
+
+def _nearest(codec: dict[str, Any]) -> list[str]:
+    """The row of nearest codes, where others are chosen."""
+    if "nearest_psnr" not in codec:
+        return []
+    quality = f"{codec['nearest_psnr']:.2f} dB | {codec['nearest_ssim']:.3f} | -"
+    return [f"| nearest codes | {quality} | {codec['nearest_usage']:.1%} | {codec['nearest_perplexity']:,.0f} |"]
 
 
 def _cells(figures: dict[str, Any]) -> list[str]:
