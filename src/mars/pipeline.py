@@ -45,7 +45,7 @@ SHIPPED = Path(__file__).parent / "assets" / "mars-mini"
 MAX_IMAGES = 64
 """Pictures in one call; more rows than this only wait for each other."""
 MAX_PROMPT_TOKENS = 512
-DEFAULT_SAMPLING = Sampling(temperature=0.6, top_k=0, top_p=1.0, guidance=2.0, candidates=8)
+DEFAULT_SAMPLING = Sampling(temperature=0.6, top_k=0, top_p=1.0, guidance=2.0, candidates=4)
 
 
 def _find(source: str | Path, *, revision: str | None) -> Path:
