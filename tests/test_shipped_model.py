@@ -13,13 +13,7 @@ from mars.model.base_llm import open_base_llm
 from mars.model.language_tensors import tensors_digest
 from mars.pipeline import SHIPPED, MarsPipeline
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (SHIPPED / "visual.safetensors").is_file(),
-        reason="the visual expert is still being trained: none is shipped",
-    ),
-]
+pytestmark = pytest.mark.slow
 
 MEGABYTE = 1_000_000
 PROMPT = "The capital of France is"

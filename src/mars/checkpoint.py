@@ -322,8 +322,10 @@ def stored_digest(folder: Path) -> str:
     Raises:
         CheckpointError: if a file is missing or damaged.
     """
-    codec = read_tensors(folder / "image_tokenizer.safetensors")
-    visual = read_tensors(folder / "visual.safetensors")
+    return _digest(read_tensors(folder / "visual.safetensors"), read_tensors(folder / "image_tokenizer.safetensors"))
+
+
+def _digest(visual: Mapping[str, Tensor], codec: Mapping[str, Tensor]) -> str:
     return tensors_digest({**visual, **{f"image_tokenizer.{name}": tensor for name, tensor in codec.items()}})
 
 
@@ -343,11 +345,12 @@ def load_model(
         raise ModelError(f"no model at {folder}; name a folder that holds config.json and visual.safetensors")
     check_precision(precision)
     info, config = read_info(folder)
-    image_tokenizer, _ = load_image_tokenizer(folder)  # before the LLM, which may take long
+    image_tokenizer, codec = load_image_tokenizer(folder)  # before the LLM, which may take long
     check_image_tokenizer(image_tokenizer.config, num_codes=config.num_codes, factor=info.factor, where=str(folder))
     stored = read_tensors(folder / "visual.safetensors")
     with torch.device("meta"):
         shapes = MarsTransformer(config)
+    check_tensors(stored, shapes.visual_tensors(), where=str(folder / "visual.safetensors"))
     llm = open_base_llm(
         language_source(info, folder=folder),
         revision=info.language_revision,
@@ -362,13 +365,15 @@ def load_model(
         )
     if llm.config != config.language:
         raise CheckpointError(f"{folder / 'config.json'} does not describe {info.language}; its language part is wrong")
-    transformer = _build(config, llm.tensors, stored, where=str(folder / "visual.safetensors"), precision=precision)
+    visual = {name: tensor.float() for name, tensor in stored.items()} if precision == "fp32" else stored
+    transformer = build_transformer(config, llm.tensors, visual=visual)
+    lower_precision(transformer, precision)
     return MarsModel(
         info=info,
         transformer=transformer.eval(),
         image_tokenizer=image_tokenizer,
         text_tokenizer=TextTokenizer(llm.tokenizer, config=llm.tokenizer_config),
-        visual_digest=stored_digest(folder),
+        visual_digest=_digest(stored, codec),
         precision=precision,
         folder=folder,
     )
@@ -377,23 +382,3 @@ def load_model(
 def language_source(info: ModelInfo, *, folder: Path) -> str:
     """What `open_base_llm` is to open for the model of a folder."""
     return str(folder / info.language) if info.language.startswith("./") else info.language
-
-
-def _build(
-    config: ModelConfig,
-    language: Mapping[str, Tensor],
-    stored: Mapping[str, Tensor],
-    *,
-    where: str,
-    precision: Precision,
-) -> MarsTransformer:
-    if precision == "fp32":
-        transformer = build_transformer(config, language)
-        copy_tensors(stored, into=transformer.visual_tensors(), where=where)
-        return transformer
-    with torch.device("meta"):
-        wanted = MarsTransformer(config).visual_tensors()
-    check_tensors(stored, wanted, where=where)
-    transformer = build_transformer(config, language, visual=stored)
-    lower_precision(transformer, precision)
-    return transformer

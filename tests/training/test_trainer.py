@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from mars.checkpoint import load_model, read_json, read_tensors, write_json
@@ -13,6 +14,7 @@ from mars.config import from_dict
 from mars.data.shards import CodedPicture, read_codes, write_codes
 from mars.errors import CheckpointError, ConfigError, MarsError, TrainingError
 from mars.model.language_tensors import tensors_digest
+from mars.sequence.layout import drawn_image
 from mars.training import trainer as module
 from mars.training.losses import text_to_image_loss
 from mars.training.stages import StageConfig
@@ -154,17 +156,21 @@ def test_some_steps_learn_the_top_rows_of_more_pictures(stage: Stage, monkeypatc
 
 def test_the_loss_of_top_rows_is_that_of_the_whole_picture_there(stage: Stage) -> None:
     trainer = start(stage())
-    plan = trainer._plan(0)
+    steps(trainer, 3)
+    transformer, plan = trainer.transformer, trainer._plan(0)
     codes = torch.stack([sample.codes for sample in plan.samples])
     prefixes = trainer.prefixes.get(trainer._prompts([sample.caption.text for sample in plan.samples]))
+    segment, cache = drawn_image(codes, transformer.vocabulary), transformer.new_cache()
+    assert segment.targets is not None
+    cache.load(prefixes)
     with torch.no_grad():
-        top = text_to_image_loss(trainer.transformer, codes[:, :1], prefixes)
-        rest = [text_to_image_loss(trainer.transformer, codes[:, : 1 + row], prefixes) for row in range(codes.shape[1])]
-    assert torch.allclose(top, rest[0])
-    changed = codes.clone()
-    changed[:, 1:] = 0
-    with torch.no_grad():
-        assert torch.allclose(text_to_image_loss(trainer.transformer, changed[:, :1], prefixes), top)
+        logits = transformer.visual_logits(transformer(segment, cache))
+        targets = segment.targets - transformer.vocabulary.first_code
+        losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        for rows in (1, codes.shape[1]):
+            found = text_to_image_loss(transformer, codes[:, :rows], prefixes)
+            assert torch.allclose(found, losses[:, : rows * codes.shape[2]].mean(), rtol=1e-5)
+    assert not torch.allclose(losses[:, : codes.shape[2]].mean(), losses.mean(), rtol=1e-3)
 
 
 def test_without_top_rows_a_step_is_what_it_was(stage: Stage) -> None:

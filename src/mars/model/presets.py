@@ -7,6 +7,7 @@ the positions are the base models'.
 
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 
 from mars.errors import RequestError
 from mars.image_tokenizer.config import ImageTokenizerConfig
@@ -44,110 +45,64 @@ class Preset:
     """Whose choice it is."""
 
 
-def _qwen2(
-    width: int,
-    layers: int,
-    heads: tuple[int, int],
-    ffn: int,
-    *,
-    positions: int = 32_768,
-    vocab: int = 151_936,
-    tied: bool = True,
-    eps: float = 1e-6,
-) -> LanguageConfig:
-    """Qwen1.5 and Qwen2.5: a bias on queries, keys and values."""
-    return LanguageConfig(
-        vocab_size=vocab,
-        width=width,
-        num_layers=layers,
-        num_heads=heads[0],
-        num_kv_heads=heads[1],
-        head_width=width // heads[0],
-        ffn=ffn,
-        rope_theta=1e6,
-        norm_eps=eps,
-        max_positions=positions,
-        tied_embeddings=tied,
-        qkv_bias=True,
-    )
-
-
-def _qwen3(width: int, layers: int, heads: int, ffn: int, *, tied: bool = True) -> LanguageConfig:
-    """Qwen3: norms of queries and keys, heads of 128 whatever the width, eight of keys."""
-    return LanguageConfig(
-        vocab_size=151_936,
-        width=width,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=8,
-        head_width=128,
-        ffn=ffn,
-        rope_theta=1e6,
-        norm_eps=1e-6,
-        max_positions=40_960,
-        tied_embeddings=tied,
-        qk_norm=True,
-    )
-
-
-def _llama(
+def _shapes(
     vocab: int,
     width: int,
     layers: int,
     heads: tuple[int, int],
     ffn: int,
     *,
-    theta: float,
     positions: int,
+    theta: float,
+    eps: float,
     tied: bool,
+    head_width: int | None = None,
+    qkv_bias: bool = False,
+    qk_norm: bool = False,
 ) -> LanguageConfig:
-    """Llama 2 and 3, SmolLM2: no bias."""
+    """An LLM's shapes; `heads` are those of queries and of keys."""
     return LanguageConfig(
         vocab_size=vocab,
         width=width,
         num_layers=layers,
         num_heads=heads[0],
         num_kv_heads=heads[1],
-        head_width=width // heads[0],
+        head_width=head_width or width // heads[0],
         ffn=ffn,
         rope_theta=theta,
-        norm_eps=1e-5,
+        norm_eps=eps,
         max_positions=positions,
         tied_embeddings=tied,
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
     )
 
 
-QWEN_7B = LanguageConfig(
-    vocab_size=151_936,
-    width=4096,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_width=128,
-    ffn=11_008,
-    rope_theta=10_000.0,
-    norm_eps=1e-6,
-    max_positions=8192,
-    tied_embeddings=False,
-    qkv_bias=True,
-)
+_qwen2 = partial(_shapes, positions=32_768, theta=1e6, eps=1e-6, tied=True, qkv_bias=True)
+"""Qwen1.5 and Qwen2.5: a bias on queries, keys and values."""
+_qwen3 = partial(_shapes, 151_936, positions=40_960, theta=1e6, eps=1e-6, tied=True, head_width=128, qk_norm=True)
+"""Qwen3: norms of queries and keys, heads of 128 whatever the width, eight of keys."""
+_llama = partial(_shapes, eps=1e-5)
+"""Llama 2 and 3, SmolLM2: no bias."""
+
+QWEN_7B = _qwen2(151_936, 4096, 32, (32, 32), 11_008, positions=8192, theta=1e4, tied=False)
 """Qwen-7B, first generation: the paper's LLM."""
 
 _LANGUAGE = {
-    "qwen1.5-0.5b": _qwen2(1024, 24, (16, 16), 2816),
-    "qwen1.5-1.8b": _qwen2(2048, 24, (16, 16), 5504, tied=False),
-    "qwen1.5-7b": _qwen2(4096, 32, (32, 32), 11_008, tied=False),
-    "qwen1.5-14b": _qwen2(5120, 40, (40, 40), 13_696, vocab=152_064, tied=False),
-    "qwen2.5-0.5b": _qwen2(896, 24, (14, 2), 4864),
-    "qwen2.5-1.5b": _qwen2(1536, 28, (12, 2), 8960, positions=131_072),
-    "qwen2.5-3b": _qwen2(2048, 36, (16, 2), 11_008),
-    "qwen2.5-7b": _qwen2(3584, 28, (28, 4), 18_944, positions=131_072, vocab=152_064, tied=False),
-    "qwen2.5-14b": _qwen2(5120, 48, (40, 8), 13_824, positions=131_072, vocab=152_064, tied=False, eps=1e-5),
-    "qwen3-0.6b": _qwen3(1024, 28, 16, 3072),
-    "qwen3-1.7b": _qwen3(2048, 28, 16, 6144),
-    "qwen3-4b": _qwen3(2560, 36, 32, 9728),
-    "qwen3-8b": _qwen3(4096, 36, 32, 12_288, tied=False),
-    "qwen3-14b": _qwen3(5120, 40, 40, 17_408, tied=False),
+    "qwen1.5-0.5b": _qwen2(151_936, 1024, 24, (16, 16), 2816),
+    "qwen1.5-1.8b": _qwen2(151_936, 2048, 24, (16, 16), 5504, tied=False),
+    "qwen1.5-7b": _qwen2(151_936, 4096, 32, (32, 32), 11_008, tied=False),
+    "qwen1.5-14b": _qwen2(152_064, 5120, 40, (40, 40), 13_696, tied=False),
+    "qwen2.5-0.5b": _qwen2(151_936, 896, 24, (14, 2), 4864),
+    "qwen2.5-1.5b": _qwen2(151_936, 1536, 28, (12, 2), 8960, positions=131_072),
+    "qwen2.5-3b": _qwen2(151_936, 2048, 36, (16, 2), 11_008),
+    "qwen2.5-7b": _qwen2(152_064, 3584, 28, (28, 4), 18_944, positions=131_072, tied=False),
+    "qwen2.5-14b": _qwen2(152_064, 5120, 48, (40, 8), 13_824, positions=131_072, tied=False, eps=1e-5),
+    "qwen3-0.6b": _qwen3(1024, 28, (16, 8), 3072),
+    "qwen3-1.7b": _qwen3(2048, 28, (16, 8), 6144),
+    "qwen3-4b": _qwen3(2560, 36, (32, 8), 9728),
+    "qwen3-8b": _qwen3(4096, 36, (32, 8), 12_288, tied=False),
+    "qwen3-14b": _qwen3(5120, 40, (40, 8), 17_408, tied=False),
     "llama-2-7b": _llama(32_000, 4096, 32, (32, 32), 11_008, theta=1e4, positions=4096, tied=False),
     "llama-3-8b": _llama(128_256, 4096, 32, (32, 8), 14_336, theta=5e5, positions=8192, tied=False),
     "smollm2-360m": _llama(49_152, 960, 32, (15, 5), 2560, theta=1e5, positions=8192, tied=True),

@@ -51,8 +51,6 @@ class MarsTransformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.released = False
-        """Whether the language expert has been let go."""
         language, width = config.language, config.visual_width
         self.vocabulary = Vocabulary(text_size=language.vocab_size, num_codes=config.num_codes)
         self.rotary = Rotary(language.head_width, theta=language.rope_theta, scaling=language.rope_scaling)
@@ -92,6 +90,11 @@ class MarsTransformer(nn.Module):
         if segment.modality is Modality.TEXT or self.config.semvie.share_norms:
             return cast(Tensor, self.language_norm(x_BTD))
         return cast(Tensor, self.visual_norm(x_BTD))
+
+    @property
+    def released(self) -> bool:
+        """Whether the language expert has been let go."""
+        return not hasattr(self, "language_embedding")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -155,7 +158,6 @@ class MarsTransformer(nn.Module):
 
     def release_language(self) -> None:
         """Lets the language expert go, but for what it shares: image positions never read the rest."""
-        self.released = True
         shared = {"attention_norm", "ffn_norm", "q_norm", "k_norm"} if self.config.semvie.share_norms else set()
         if not self.config.semvie.duplicate_output:
             shared.add("o_proj")
