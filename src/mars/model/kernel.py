@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -17,19 +18,40 @@ _FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
 _SECONDS = 60
 
 
+class _Weight(ctypes.Structure):
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("outputs", ctypes.c_long),
+    )
+
+
 class Kernel:
     """The compiled library. Its threads are PyTorch's, as both name the same OpenMP library."""
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
         pointer, size = ctypes.c_void_p, ctypes.c_long
-        self.linear = library.mars_quantized_linear
-        self.linear.argtypes = [pointer, size, size, pointer, pointer, pointer, size, ctypes.c_int]
-        self.linear.restype = ctypes.c_int
+        self._linear = library.mars_quantized_linear
+        self._linear.argtypes = [pointer, size, size, pointer, size, ctypes.c_int]
+        self._linear.restype = ctypes.c_int
         self.read = library.mars_read
         """Reads memory and does nothing with it: (address, words of 8 bytes)."""
         self.read.argtypes = [pointer, size]
         self.read.restype = ctypes.c_uint64
+
+    def multiply(
+        self, x: int, rows: int, inputs: int, weights: Sequence[tuple[int, int, int, int]], *, bits: int
+    ) -> None:
+        """Products of x (rows, inputs) with several weights: addresses of codes, scales and product, and its outputs.
+
+        Raises:
+            MemoryError: if there is none left for the rounded activations.
+        """
+        array = (_Weight * len(weights))(*weights)
+        if self._linear(x, rows, inputs, array, len(weights), bits):
+            raise MemoryError("no memory for the activations of a quantized product")
 
 
 @cache

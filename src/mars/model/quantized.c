@@ -19,21 +19,30 @@
 #endif
 
 enum { TILE = 16, BLOCK = 32, QUARTERS = BLOCK / 4, MOST = 8 };
+enum { LINE = 64, AHEAD = 4096 }; /* bytes of a cache line, and how far in front of the codes memory is asked for more */
+enum { CHUNK = 16 };              /* tiles that a thread takes at once: the next free one, as a core may be disturbed */
 
 /* Rounds x (rows, inputs) to 8 bits: codes (blocks, rows, 32), scales (blocks, rows), sums of codes (blocks, rows). */
 static void quantize_rows(const float *x, long rows, long inputs, int8_t *codes, float *scales, int32_t *sums) {
+  const float round = 12582912; /* 1.5 * 2^23: added to a small number, it leaves the nearest integer in the low bits */
   long blocks = inputs / BLOCK;
   for (long row = 0; row < rows; row++) {
     for (long block = 0; block < blocks; block++) {
       const float *from = x + row * inputs + block * BLOCK;
       float largest = 0;
-      for (int i = 0; i < BLOCK; i++) largest = fmaxf(largest, fabsf(from[i]));
+#pragma omp simd reduction(max : largest)
+      for (int i = 0; i < BLOCK; i++) largest = fabsf(from[i]) > largest ? fabsf(from[i]) : largest;
       float inverse = largest > 0 ? 127 / largest : 0;
       long place = block * rows + row;
+      int8_t *to = codes + place * BLOCK;
       int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
       for (int i = 0; i < BLOCK; i++) {
-        int8_t code = (int8_t)lrintf(from[i] * inverse);
-        codes[place * BLOCK + i] = code;
+        float shifted = from[i] * inverse + round;
+        int32_t code;
+        memcpy(&code, &shifted, sizeof code);
+        code -= 0x4B400000;
+        to[i] = (int8_t)code;
         sum += code;
       }
       scales[place] = largest / 127;
@@ -130,46 +139,58 @@ static inline __attribute__((always_inline)) void add_block(Sums *sums, const ui
 #error "this kernel needs AVX2 with FMA and F16C"
 #endif
 
+/* A weight, and where its products go: (rows, outputs). */
+typedef struct {
+  const uint8_t *codes;
+  const uint16_t *scales;
+  float *out;
+  long outputs;
+} Weight;
+
 static inline __attribute__((always_inline)) void run_tiles(const int8_t *x, const float *x_scales,
-                                                            const int32_t *x_sums, const uint8_t *codes,
-                                                            const uint16_t *scales, float *out, int rows, long inputs,
-                                                            long outputs, int bits) {
+                                                            const int32_t *x_sums, const Weight *weight, long tile,
+                                                            long end, int rows, long inputs, int bits) {
   long blocks = inputs / BLOCK, bytes = TILE * BLOCK * bits / 8;
-#pragma omp parallel for schedule(static)
-  for (long tile = 0; tile < outputs / TILE; tile++) {
+  for (; tile < end; tile++) {
     Sums sums[MOST];
     for (int row = 0; row < rows; row++) sums[row] = zero_sums();
     for (long block = 0; block < blocks; block++) {
-      const uint8_t *from = codes + (tile * blocks + block) * bytes;
-      __builtin_prefetch(from + 4096, 0, 0);
-      if (bits == 8) __builtin_prefetch(from + 4096 + 256, 0, 0);
-      add_block(sums, from, scales + (tile * blocks + block) * TILE, x + block * rows * BLOCK, x_scales + block * rows,
-                x_sums + block * rows, rows, bits);
+      const uint8_t *codes = weight->codes + (tile * blocks + block) * bytes;
+      const uint16_t *scales = weight->scales + (tile * blocks + block) * TILE;
+      for (long line = 0; line < bytes; line += LINE) __builtin_prefetch(codes + AHEAD + line, 0, 2);
+      __builtin_prefetch(scales + AHEAD / 16, 0, 2);
+      add_block(sums, codes, scales, x + block * rows * BLOCK, x_scales + block * rows, x_sums + block * rows, rows, bits);
     }
-    for (int row = 0; row < rows; row++) store_sums(out + row * outputs + tile * TILE, sums[row]);
+    for (int row = 0; row < rows; row++) store_sums(weight->out + row * weight->outputs + tile * TILE, sums[row]);
   }
 }
 
 #define CASE(N) \
   case N: \
-    if (bits == 4) run_tiles(codes_x, scales_x, sums_x, codes, scales, out, N, inputs, outputs, 4); \
-    else run_tiles(codes_x, scales_x, sums_x, codes, scales, out, N, inputs, outputs, 8); \
+    if (bits == 4) run_tiles(codes_x, scales_x, sums_x, weight, tile, end, N, inputs, 4); \
+    else run_tiles(codes_x, scales_x, sums_x, weight, tile, end, N, inputs, 8); \
     break;
 
-/* out (rows, outputs) = x (rows, inputs) times the weights. Returns 0, or 1 when memory ran out. */
-int mars_quantized_linear(const float *x, long rows, long inputs, const uint8_t *codes, const uint16_t *scales,
-                          float *out, long outputs, int bits) {
-  long places = inputs / BLOCK * MOST;
+/* Each weight's out (rows, outputs) = x (rows, inputs) times it: all at once. Returns 0, or 1 when memory ran out. */
+int mars_quantized_linear(const float *x, long rows, long inputs, Weight *weights, long count, int bits) {
+  long places = inputs / BLOCK * MOST, chunks = 0;
   int8_t *codes_x = malloc(places * (BLOCK + sizeof(float) + sizeof(int32_t)));
   if (!codes_x) return 1;
   float *scales_x = (float *)(codes_x + places * BLOCK);
   int32_t *sums_x = (int32_t *)(scales_x + places);
+  for (long i = 0; i < count; i++) chunks += (weights[i].outputs / TILE + CHUNK - 1) / CHUNK;
   for (long start = 0; start < rows; start += MOST) {
     long now = rows - start < MOST ? rows - start : MOST;
-    quantize_rows(x, now, inputs, codes_x, scales_x, sums_x);
-    switch (now) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) }
-    x += now * inputs;
-    out += now * outputs;
+    quantize_rows(x + start * inputs, now, inputs, codes_x, scales_x, sums_x);
+#pragma omp parallel for schedule(dynamic)
+    for (long chunk = 0; chunk < chunks; chunk++) {
+      const Weight *weight = weights;
+      long tile = chunk * CHUNK;
+      for (; tile >= weight->outputs / TILE; weight++) tile -= (weight->outputs / TILE + CHUNK - 1) / CHUNK * CHUNK;
+      long end = tile + CHUNK < weight->outputs / TILE ? tile + CHUNK : weight->outputs / TILE;
+      switch (now) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) }
+    }
+    for (long i = 0; i < count; i++) weights[i].out += now * weights[i].outputs;
   }
   free(codes_x);
   return 0;

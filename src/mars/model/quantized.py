@@ -8,6 +8,7 @@ with the weights made whole again.
 Letters: O outputs, I inputs, T tiles of 16 outputs, K blocks of 32 inputs.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -94,23 +95,38 @@ class QuantizedLinear(nn.Module):
         """What one pass reads."""
         return self.codes.numel() + 2 * self.scales.numel()
 
+    def finish(self, product: Tensor) -> Tensor:
+        """The kernel's product without the last tile's filler, with the bias."""
+        if product.shape[-1] != self.out_features:
+            product = product[..., : self.out_features]
+        return product if self.bias is None else product + self.bias
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in fp32."""
-        rows = x.numel() // self.in_features
-        kernel = find_kernel() if rows <= KERNEL_ROWS else None
-        if kernel is None:
-            weight_OI = dequantize(self.codes, self.scales, bits=self.bits)[: self.out_features]
-            return F.linear(x.float(), weight_OI, self.bias)
-        x = x.float().contiguous()
-        outputs = len(self.codes) * TILE
-        out = x.new_empty(*x.shape[:-1], outputs)
-        weight = self.codes.data_ptr(), self.scales.data_ptr()
-        failed = kernel.linear(x.data_ptr(), rows, self.in_features, *weight, out.data_ptr(), outputs, self.bits)
-        if failed:
-            raise MemoryError("no memory for the activations of a quantized product")
-        if outputs != self.out_features:
-            out = out[..., : self.out_features]
-        return out if self.bias is None else out + self.bias
+        return multiply(x, [self])[0]
+
+
+def multiply(x: Tensor, linears: Sequence[QuantizedLinear]) -> list[Tensor]:
+    """The products (..., out) of one x (..., in) with several layers of as many bits, in fp32: x is rounded only once."""
+    x = x.float().contiguous()
+    first = linears[0]
+    rows = x.numel() // first.in_features
+    kernel = find_kernel() if rows <= KERNEL_ROWS else None
+    if kernel is None:
+        weights = (dequantize(linear.codes, linear.scales, bits=linear.bits)[: linear.out_features] for linear in linears)
+        return [F.linear(x, weight_OI, linear.bias) for weight_OI, linear in zip(weights, linears, strict=True)]
+    products = [x.new_empty(*x.shape[:-1], len(linear.codes) * TILE) for linear in linears]
+    kernel.multiply(
+        x.data_ptr(),
+        rows,
+        first.in_features,
+        [
+            (linear.codes.data_ptr(), linear.scales.data_ptr(), product.data_ptr(), product.shape[-1])
+            for linear, product in zip(linears, products, strict=True)
+        ],
+        bits=first.bits,
+    )
+    return [linear.finish(product) for linear, product in zip(linears, products, strict=True)]
 
 
 @torch.no_grad()
