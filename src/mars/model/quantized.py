@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mars.errors import ModelError
-from mars.model.kernel import find_kernel
+from mars.model.kernel import Weight, find_kernel
 
 Bits = Literal[4, 8]
 
@@ -95,6 +95,11 @@ class QuantizedLinear(nn.Module):
         """What one pass reads."""
         return self.codes.numel() + 2 * self.scales.numel()
 
+    def address(self) -> Weight:
+        """Where the kernel finds the weight, as long as the layer lives."""
+        outputs = len(self.codes) * TILE
+        return Weight(self.codes.data_ptr(), self.scales.data_ptr(), outputs, self.in_features, self.bits)
+
     def finish(self, product: Tensor) -> Tensor:
         """The kernel's product without the last tile's filler, with the bias."""
         if product.shape[-1] != self.out_features:
@@ -107,25 +112,15 @@ class QuantizedLinear(nn.Module):
 
 
 def multiply(x: Tensor, linears: Sequence[QuantizedLinear]) -> list[Tensor]:
-    """The products (..., out) of one x (..., in) with several layers of as many bits, in fp32: x is rounded only once."""
+    """The products (..., out) of one x (..., in) with several layers, in fp32: x is rounded only once."""
     x = x.float().contiguous()
-    first = linears[0]
-    rows = x.numel() // first.in_features
+    rows = x.numel() // linears[0].in_features
     kernel = find_kernel() if rows <= KERNEL_ROWS else None
     if kernel is None:
         weights = (dequantize(linear.codes, linear.scales, bits=linear.bits)[: linear.out_features] for linear in linears)
         return [F.linear(x, weight_OI, linear.bias) for weight_OI, linear in zip(weights, linears, strict=True)]
     products = [x.new_empty(*x.shape[:-1], len(linear.codes) * TILE) for linear in linears]
-    kernel.multiply(
-        x.data_ptr(),
-        rows,
-        first.in_features,
-        [
-            (linear.codes.data_ptr(), linear.scales.data_ptr(), product.data_ptr(), product.shape[-1])
-            for linear, product in zip(linears, products, strict=True)
-        ],
-        bits=first.bits,
-    )
+    kernel.multiply(x, rows, [linear.address() for linear in linears], products)
     return [linear.finish(product) for linear, product in zip(linears, products, strict=True)]
 
 

@@ -10,6 +10,7 @@ Letters: B batch, T positions, D width of the segment's modality, V text vocabul
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from mars.errors import RequestError
 from mars.model.cache import Cache, Prefix, StaticCache
 from mars.model.config import ModelConfig
+from mars.model.decoding import Decoder, build_decoder
 from mars.model.layers import Expert, Linear, Norm
 from mars.model.rope import Rotary
 from mars.model.semvie import SemVIELayer
@@ -51,6 +53,7 @@ class MarsTransformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self._decoders: WeakKeyDictionary[StaticCache, Decoder | None] = WeakKeyDictionary()
         language, width = config.language, config.visual_width
         self.vocabulary = Vocabulary(text_size=language.vocab_size, num_codes=config.num_codes)
         self.rotary = Rotary(language.head_width, theta=language.rope_theta, scaling=language.rope_scaling)
@@ -82,14 +85,26 @@ class MarsTransformer(nn.Module):
         positions_BT, masks = cache.begin(segment)
         x_BTD = self.embed(segment)
         rotary = self.rotary.at(positions_BT, longest=cache.longest, dtype=x_BTD.dtype)
+        if segment.modality is Modality.IMAGE and isinstance(cache, StaticCache) and (decoder := self._decoder(cache)):
+            return self._final_norm(decoder.run(x_BTD, rotary, cache), segment.modality)
         visual_layers = set(cache.visual_layers)
         for index, layer in enumerate(self.layers):
             if segment.modality is Modality.TEXT or index in visual_layers:
                 mask = masks[index in visual_layers]
                 x_BTD = layer(x_BTD, segment.modality, cache=cache, rotary=rotary, mask=mask)
-        if segment.modality is Modality.TEXT or self.config.semvie.share_norms:
-            return cast(Tensor, self.language_norm(x_BTD))
-        return cast(Tensor, self.visual_norm(x_BTD))
+        return self._final_norm(x_BTD, segment.modality)
+
+    def _final_norm(self, x_BTD: Tensor, modality: Modality) -> Tensor:
+        shared = modality is Modality.TEXT or self.config.semvie.share_norms
+        return cast(Tensor, self.language_norm(x_BTD) if shared else self.visual_norm(x_BTD))
+
+    def _decoder(self, cache: StaticCache) -> Decoder | None:
+        """The kernel's way through the layers, for a single position of each row; built when a cache first asks."""
+        if cache.new != 1:
+            return None
+        if cache not in self._decoders:
+            self._decoders[cache] = build_decoder(self.layers, cache)
+        return self._decoders[cache]
 
     @property
     def released(self) -> bool:
