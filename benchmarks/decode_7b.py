@@ -4,7 +4,7 @@
 
 Random weights in the shapes of the preset qwen-7b, rounded layer by layer; the language expert is not there, as image
 positions never read it. Drawing a code reads every weight of the visual expert once, so the limit is bandwidth /
-bytes. Bandwidth is measured in the same run, code by code, by reading memory with as many threads and doing nothing with it.
+bytes. Bandwidth is measured in between, by reading memory with as many threads and doing nothing with it.
 Where `llama-cpp-python` is installed, llama.cpp runs a Llama of the same shapes and bytes (Q8_0, Q4_0) beside it.
 """
 
@@ -103,12 +103,15 @@ def draw_codes(transformer: MarsTransformer, *, rows: int, seconds: float, read:
 
 
 def write_gguf(path: Path, *, layers: int, bits: Bits) -> int:
-    """A Llama of the visual expert's shapes with random weights, for llama.cpp; returns the bytes that a token reads."""
+    """A Llama of the visual expert's shapes with random weights; returns the bytes that a token reads."""
     import gguf
     import numpy as np
 
     shapes = find_preset("qwen-7b").model
-    language, rows = shapes.language, Vocabulary(text_size=shapes.language.vocab_size, num_codes=shapes.num_codes).visual_rows
+    language, rows = (
+        shapes.language,
+        Vocabulary(text_size=shapes.language.vocab_size, num_codes=shapes.num_codes).visual_rows,
+    )
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(512)
     writer.add_embedding_length(language.width)
@@ -157,7 +160,11 @@ def llama_cpp(*, layers: int, bits: Bits, seconds: float, read: Bandwidth) -> di
         path = Path(folder) / "model.gguf"
         size = write_gguf(path, layers=layers, bits=bits)
         llama = llama_cpp.Llama(
-            str(path), n_ctx=512, n_threads=torch.get_num_threads(), n_threads_batch=torch.get_num_threads(), verbose=False
+            str(path),
+            n_ctx=512,
+            n_threads=torch.get_num_threads(),
+            n_threads_batch=torch.get_num_threads(),
+            verbose=False,
         )
         llama.eval(list(range(1, PROMPT + 1)))
         times: list[float] = []

@@ -1,4 +1,4 @@
-"""The C kernel behind `mars.model.quantized` and `mars.model.decoding`: compiled once by the machine's own compiler, or done without."""
+"""The C kernel of `model.quantized` and `model.decoding`: compiled once by the machine's compiler, or done without."""
 
 import ctypes
 import hashlib

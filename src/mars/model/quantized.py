@@ -95,6 +95,10 @@ class QuantizedLinear(nn.Module):
         """What one pass reads."""
         return self.codes.numel() + 2 * self.scales.numel()
 
+    def whole(self) -> Tensor:
+        """The weight (O, I) in fp32."""
+        return dequantize(self.codes, self.scales, bits=self.bits)[: self.out_features]
+
     def address(self) -> Weight:
         """Where the kernel finds the weight, as long as the layer lives."""
         outputs = len(self.codes) * TILE
@@ -117,8 +121,7 @@ def multiply(x: Tensor, linears: Sequence[QuantizedLinear]) -> list[Tensor]:
     rows = x.numel() // linears[0].in_features
     kernel = find_kernel() if rows <= KERNEL_ROWS else None
     if kernel is None:
-        weights = (dequantize(linear.codes, linear.scales, bits=linear.bits)[: linear.out_features] for linear in linears)
-        return [F.linear(x, weight_OI, linear.bias) for weight_OI, linear in zip(weights, linears, strict=True)]
+        return [F.linear(x, linear.whole(), linear.bias) for linear in linears]
     products = [x.new_empty(*x.shape[:-1], len(linear.codes) * TILE) for linear in linears]
     kernel.multiply(x, rows, [linear.address() for linear in linears], products)
     return [linear.finish(product) for linear, product in zip(linears, products, strict=True)]
