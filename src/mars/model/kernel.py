@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mars.errors import ModelError
@@ -19,6 +20,9 @@ _SOURCE = Path(__file__).with_name("decode.c")
 _PARTS = (_SOURCE, _SOURCE.with_name("quantized.c"))
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
 _SECONDS = 60
+
+KINDS = (torch.float32, torch.float16, torch.bfloat16)
+"""Of weights that the kernel can round."""
 
 
 class Weight(ctypes.Structure):
@@ -64,6 +68,9 @@ class Kernel:
         self._multiply.argtypes = [pointer, size, size, pointer, pointer, size]
         self._decode = library.mars_decode
         self._decode.argtypes = [pointer, pointer, size, pointer]
+        self._quantize = library.mars_quantize
+        self._quantize.argtypes = [pointer, ctypes.c_int, size, size, ctypes.c_int, pointer, pointer]
+        self._quantize.restype = None
         self.read = library.mars_read
         """Reads memory and does nothing with it: (address, words of 8 bytes)."""
         self.read.argtypes = [pointer, size]
@@ -79,6 +86,11 @@ class Kernel:
         outs = (ctypes.c_void_p * count)(*(product.data_ptr() for product in products))
         if self._multiply(x.data_ptr(), rows, inputs, (Weight * count)(*weights), outs, count):
             raise MemoryError("no memory for the activations of a quantized product")
+
+    def quantize(self, weight: Tensor, codes: Tensor, scales: Tensor, *, bits: int) -> None:
+        """Fills codes and scales, both contiguous, with a contiguous weight (outputs, inputs) of a type in `KINDS`."""
+        addresses = codes.data_ptr(), scales.data_ptr()
+        self._quantize(weight.data_ptr(), KINDS.index(weight.dtype), *weight.shape, bits, *addresses)
 
     def decode(self, x: Tensor, layers: "ctypes.Array[Layer]", step: Step) -> None:
         """Runs x (rows, width) through layers, in place, and adds a column to their caches.

@@ -225,6 +225,55 @@ int mars_multiply(const float *x, long rows, long inputs, const Weight *weights,
   return 0;
 }
 
+enum { FP32, FP16, BF16 };
+
+/* 32 weights of a row in fp32. */
+static inline void load_block(const void *from, long place, int kind, float *to) {
+  if (kind == FP32) memcpy(to, (const float *)from + place, BLOCK * sizeof(float));
+  for (int i = 0; kind == FP16 && i < BLOCK; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)from + place + i))));
+  for (int i = 0; kind == BF16 && i < BLOCK; i++) {
+    uint32_t bits = (uint32_t)((const uint16_t *)from)[place + i] << 16;
+    memcpy(to + i, &bits, sizeof bits);
+  }
+}
+
+/* Rounds 32 weights to codes 0 .. 255 or 0 .. 15; returns their scale. */
+static inline uint16_t quantize_block(const float *from, int bits, uint8_t *codes) {
+  const float round = 12582912;
+  float zero = bits == 4 ? 8 : 128, largest = 0;
+  for (int i = 0; i < BLOCK; i++) largest = fabsf(from[i]) > fabsf(largest) ? from[i] : largest;
+  uint16_t scale = _cvtss_sh(bits == 4 ? largest / -8 : fabsf(largest) / 127, 0);
+  float step = _cvtsh_ss(scale), inverse = step == 0 ? 0 : 1 / step;
+#pragma omp simd
+  for (int i = 0; i < BLOCK; i++) {
+    float value = from[i] * inverse;
+    value = value < -zero ? -zero : value > zero - 1 ? zero - 1 : value;
+    codes[i] = (uint8_t)(int)(value + round - round + zero);
+  }
+  return scale;
+}
+
+/* Rounds a weight (outputs, inputs) of fp32, fp16 or bf16 into tiles; the last one is filled up with zeros. */
+void mars_quantize(const void *weight, int kind, long outputs, long inputs, int bits, uint8_t *codes, uint16_t *scales) {
+  long blocks = inputs / BLOCK, bytes = TILE * BLOCK * bits / 8;
+#pragma omp parallel for schedule(dynamic)
+  for (long tile = 0; tile < (outputs + TILE - 1) / TILE; tile++) {
+    for (long block = 0; block < blocks; block++) {
+      uint8_t *to = codes + (tile * blocks + block) * bytes;
+      for (long row = 0; row < TILE; row++) {
+        float values[BLOCK] = {0};
+        uint8_t own[BLOCK];
+        if (tile * TILE + row < outputs) load_block(weight, (tile * TILE + row) * inputs + block * BLOCK, kind, values);
+        scales[(tile * blocks + block) * TILE + row] = quantize_block(values, bits, own);
+        for (int i = 0; bits == 4 && i < BLOCK / 2; i++) own[i] |= own[i + BLOCK / 2] << 4;
+        for (int part = 0; part < (bits == 4 ? QUARTERS / 2 : QUARTERS); part++)
+          memcpy(to + part * 4 * TILE + row * 4, own + part * 4, 4);
+      }
+    }
+  }
+}
+
 /* Reads memory with all threads and returns a sum that depends on every byte: what bandwidth there is. */
 uint64_t mars_read(const uint64_t *from, long words) {
   uint64_t sum = 0;

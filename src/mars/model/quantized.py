@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mars.errors import ModelError
-from mars.model.kernel import Weight, find_kernel
+from mars.model.kernel import KINDS, Weight, find_kernel
 
 Bits = Literal[4, 8]
 
@@ -45,6 +45,19 @@ def quantize(weight_OI: Tensor, *, bits: Bits) -> tuple[Tensor, Tensor]:
     """
     outputs, inputs = weight_OI.shape
     check_fits(inputs, name="weight")
+    kernel = find_kernel()
+    if kernel is None or weight_OI.dtype not in KINDS or weight_OI.device.type != "cpu":
+        return quantize_slowly(weight_OI, bits=bits)
+    codes = torch.empty(-(-outputs // TILE), inputs // BLOCK, 64 * bits, dtype=torch.uint8)
+    scales = torch.empty(*codes.shape[:2], TILE, dtype=torch.float16)
+    kernel.quantize(weight_OI.contiguous(), codes, scales, bits=bits)
+    return codes, scales
+
+
+@torch.no_grad()
+def quantize_slowly(weight_OI: Tensor, *, bits: Bits) -> tuple[Tensor, Tensor]:
+    """`quantize` in PyTorch's operators: the same, in six times as long and with several copies."""
+    outputs, inputs = weight_OI.shape
     zero = 1 << (bits - 1)
     blocks = F.pad(weight_OI.float(), (0, 0, 0, -outputs % TILE)).reshape(-1, inputs // BLOCK, BLOCK)
     if bits == 4:  # the largest value becomes -8, whatever its sign: sixteen steps instead of fifteen
