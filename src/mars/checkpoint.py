@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mars.config import from_dict, to_dict
 from mars.errors import CheckpointError, ConfigError, ModelError
-from mars.files import reason, whole_file
+from mars.files import cache_folder, reason, remembered, whole_file
 from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.image_tokenizer.model import ImageTokenizer
 from mars.model.base_llm import open_base_llm
@@ -373,7 +373,12 @@ def load_model(
         transformer=transformer.eval(),
         image_tokenizer=image_tokenizer,
         text_tokenizer=TextTokenizer(llm.tokenizer, config=llm.tokenizer_config),
-        visual_digest=_digest(stored, codec),
+        visual_digest=remembered(
+            [folder / "visual.safetensors", folder / "image_tokenizer.safetensors"],
+            lambda: _digest(stored, codec),
+            cache=cache_folder(),
+            what="digest of the visual side",
+        ),
         precision=precision,
         folder=folder,
     )
