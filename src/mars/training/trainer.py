@@ -86,7 +86,9 @@ class Trainer:
         self.transformer = build_transformer(shapes, llm.tensors)
         codebook_VZ = self.image_tokenizer.quantizer.embedding.weight
         start_visual(self.transformer, generator=torch.Generator().manual_seed(config.seed), codebook_VZ=codebook_VZ)
-        grid = self.loader.choices[0][0].shape
+        if len(self.loader.grids) > 1:
+            raise ConfigError(f"pictures of a stage must share one code grid, got {list(self.loader.grids)}")
+        grid = self.loader.grids[0]
         semvie = config.model.semvie
         if semvie.grid_embedding and max(grid) > semvie.max_grid:
             raise ConfigError(
@@ -98,7 +100,7 @@ class Trainer:
             language=lasting_source(config.model.language),
             language_revision=config.model.revision,
             language_digest=llm.digest,
-            grids=((grid[0], grid[1]),),
+            grids=(grid,),
             factor=self.image_tokenizer.config.factor,
         )
         visual = self.transformer.visual_tensors()
