@@ -576,7 +576,7 @@ def test_a_run_that_is_killed_twenty_times_ends_with_the_weights_of_one_that_was
 ) -> None:
     """Killed at any moment by SIGKILL: between steps, inside one, while a checkpoint is written."""
     table = stage(
-        steps=400, save_every=3, report_every=1, optimizer=OPTIMIZERS["muon"] | {"average": 0.9}, threads=1, keep=1
+        steps=200, save_every=3, report_every=1, optimizer=OPTIMIZERS["muon"] | {"average": 0.9}, threads=1, keep=1
     )
     whole = Trainer(from_dict(StageConfig, table | {"out": str(tmp_path / "whole")}))
     config = tmp_path / "killed.toml"
