@@ -133,6 +133,9 @@ class SemVIEConfig:
     """Ours: learned row and column embeddings added at image positions. A pocket model learns its grid sooner."""
     max_grid: int = 32
     """Largest number of rows or of columns that the grid embedding knows."""
+    low_input: bool = False
+    """Ours: an image position may also get the low-resolution code that it refines, through a projection that starts
+    at zero. Super-resolution needs it."""
 
     def __post_init__(self) -> None:
         if self.init not in ("copy", "random"):
