@@ -138,7 +138,8 @@ def test_a_block_sees_itself_and_all_before_it_and_nothing_after(build: Build, s
             ids[0, changed] = transformer.vocabulary.first_code + (ids[0, changed] + 1) % 13
         cache = transformer.new_cache()
         transformer(read, cache)
-        return transformer(replace(drawn, ids=ids), cache)[0]
+        states: Tensor = transformer(replace(drawn, ids=ids), cache)
+        return states[0]
 
     before = hidden()
     for changed in (0, 16, 37, 63):

@@ -5,7 +5,7 @@ Letters: B requests, T positions, R rows, C columns, N = R * C codes, K codes of
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ class DrawRequest:
 
 
 Request = TypeVar("Request", bound=DrawRequest)
-Request_contra = TypeVar("Request_contra", bound=DrawRequest, contravariant=True)
 
 MAX_ROWS = 128
 """Candidates that are drawn at once; more would only wait for each other."""
@@ -40,6 +39,8 @@ SEED_STRIDE = 0x1E3779B97F4A7C15
 
 Progress = Callable[[int, int], None]
 """Called after each step with how many codes are done and how many there are."""
+Tell = Callable[[int], None]
+"""Called after each step of a batch with how many of its codes are done."""
 
 
 @torch.inference_mode()
@@ -60,29 +61,33 @@ def draw(
         RequestError: if a prompt and its image do not fit into the LLM's positions.
     """
 
-    def draw_rows(rows: Sequence[DrawRequest], *, last: bool, tell: Callable[[int], None]) -> tuple[Tensor, Tensor]:
+    left = sum(request.sampling.candidates for request in requests)
+
+    def draw_rows(rows: Sequence[DrawRequest], tell: Tell) -> tuple[Tensor, Tensor]:
+        nonlocal left
         guidance = Guidance([request.sampling.guidance for request in rows])
         cache = read_prompts(transformer, rows, guidance=guidance, room=grid[0] * grid[1])
-        if release_language and last:
+        left -= len(rows)
+        if release_language and not left:
             transformer.release_language()
         return draw_codes(transformer, cache, rows, guidance=guidance, grid=grid, tell=tell)
 
     return draw_likeliest(requests, draw_rows, places=grid[0] * grid[1], progress=progress).view(-1, *grid)
 
 
-class DrawRows(Protocol[Request_contra]):
-    """Codes (B, N) in the order of drawing, and their log-likelihoods (B,), for a batch of rows."""
-
-    def __call__(
-        self, rows: Sequence[Request_contra], *, last: bool, tell: Callable[[int], None]
-    ) -> tuple[Tensor, Tensor]:
-        """`last` says whether no batch follows; `tell` is called with how many codes are done."""
-
-
 def draw_likeliest(
-    requests: Sequence[Request], draw_rows: DrawRows[Request], *, places: int, progress: Progress | None
+    requests: Sequence[Request],
+    draw_rows: Callable[[Sequence[Request], Tell], tuple[Tensor, Tensor]],
+    *,
+    places: int,
+    progress: Progress | None,
 ) -> Tensor:
-    """Draws every candidate of every request, some in a batch, and keeps the likeliest of each request: (B, N)."""
+    """Draws every candidate of every request, some in a batch, and keeps the likeliest of each request: (B, N).
+
+    Args:
+        draw_rows: codes (rows, N) in the order of drawing, and their log-likelihoods (rows,), of a batch.
+        places: N.
+    """
     batches = _batches(requests)
     kept: list[Tensor] = []
     for number, batch in enumerate(batches):
@@ -92,7 +97,7 @@ def draw_likeliest(
                 progress(before + done, len(batches) * places)
 
         rows = [candidate for request in batch for candidate in _candidates(request)]
-        codes_BN, likelihoods_B = draw_rows(rows, last=number == len(batches) - 1, tell=tell)
+        codes_BN, likelihoods_B = draw_rows(rows, tell)
         start = 0
         for request in batch:
             end = start + request.sampling.candidates
@@ -131,7 +136,7 @@ def draw_codes(
     grid: tuple[int, int],
     side: int = 1,
     low_BN: Tensor | None = None,
-    tell: Callable[[int], None],
+    tell: Tell,
 ) -> tuple[Tensor, Tensor]:
     """Draws codes after what the cache holds, a block of K = side * side at a time (`sequence/layout.py`).
 

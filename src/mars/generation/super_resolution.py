@@ -4,14 +4,14 @@ paper's; `sequence/layout.py` says which codes a step draws). Knows neither pixe
 Letters: B requests, R rows, C columns, N codes of the high grid.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mars.errors import RequestError
-from mars.generation.engine import DrawRequest, Progress, draw_codes, draw_likeliest, read_prompts
+from mars.generation.engine import DrawRequest, Progress, Tell, draw_codes, draw_likeliest, read_prompts
 from mars.generation.guidance import Guidance
 from mars.model.transformer import MarsTransformer
 from mars.sequence.layout import drawing_order, low_image, refined_codes
@@ -48,8 +48,7 @@ def upscale(
     order = drawing_order(*grid, side=side)
     places = grid[0] * grid[1]
 
-    def draw_rows(rows: Sequence[UpscaleRequest], *, last: bool, tell: Callable[[int], None]) -> tuple[Tensor, Tensor]:
-        del last
+    def draw_rows(rows: Sequence[UpscaleRequest], tell: Tell) -> tuple[Tensor, Tensor]:
         device = transformer.visual_embedding.weight.device
         guidance = Guidance([request.sampling.guidance for request in rows])
         low_BRC = guidance.spread(torch.stack([request.low for request in rows]).to(device))

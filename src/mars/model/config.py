@@ -1,5 +1,6 @@
 """The shapes of a MARS transformer: the language model that it is built on, and its visual expert."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -196,3 +197,37 @@ class ModelConfig:
         if self.semvie.visual_layers is None:
             return tuple(range(self.language.num_layers))
         return tuple(sorted(set(self.semvie.visual_layers)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpscaleConfig:
+    """What a model was trained to draw again on a larger grid (ours: `sequence/layout.py`). It changes no weights."""
+
+    low: tuple[int, int]
+    """Rows and columns of the grid that is refined."""
+    high: tuple[int, int]
+    """Rows and columns of the grid that is drawn: the same number of times as many, both ways."""
+    codes_per_step: int
+    """K: 1 is next-token prediction, 4 and 16 are blocks of 2x2 and 4x4 codes."""
+
+    def __post_init__(self) -> None:
+        low, high = self.low, self.high
+        _positive("upscale", low=min(low), high=min(high), codes_per_step=self.codes_per_step)
+        times = high[0] // low[0]
+        if times < 2 or high != (low[0] * times, low[1] * times):
+            raise ConfigError(f"upscale.high must be a multiple of low, the same both ways, got {high} for {low}")
+        if self.side**2 != self.codes_per_step or high[0] % self.side or high[1] % self.side:
+            raise ConfigError(
+                f"upscale.codes_per_step must be a square block that fills {high[0]}x{high[1]} codes, such as 1, 4 or "
+                f"16, got {self.codes_per_step}"
+            )
+
+    @property
+    def side(self) -> int:
+        """Codes on each side of a block."""
+        return math.isqrt(self.codes_per_step)
+
+    def text(self, *, factor: int) -> str:
+        """Sizes in pixels, and K."""
+        low, high = (f"{columns * factor}x{rows * factor}" for rows, columns in (self.low, self.high))
+        return f"{low} to {high}, {self.codes_per_step} codes a step"
