@@ -23,8 +23,9 @@ Letters: B batch, T positions, R rows, C columns, N = R * C codes, K codes of a 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,6 +108,13 @@ def refined_codes(low_BRC: Tensor, *, grid: tuple[int, int]) -> Tensor:
             f"a high grid must be a whole number of times the low one, got {grid[0]}x{grid[1]} for {rows}x{columns}"
         )
     return low_BRC.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+
+    def to(self, device: torch.device) -> "Segment":
+        """The same on a device."""
+        moved: dict[str, Any] = {
+            name: tensor.to(device) for name, tensor in vars(self).items() if isinstance(tensor, Tensor)
+        }
+        return replace(self, **moved)
 
 
 def pad(rows: Sequence[Sequence[int]], *, fill: int) -> tuple[Tensor, Tensor | None]:
