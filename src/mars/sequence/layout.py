@@ -74,6 +74,13 @@ class Segment:
         numbers = torch.arange(self.start, self.start + self.ids.shape[1], device=self.ids.device)
         return _row_and_column(numbers, columns=self.columns, side=self.side)
 
+    def to(self, device: torch.device) -> "Segment":
+        """The same on a device."""
+        moved: dict[str, Any] = {
+            name: tensor.to(device) for name, tensor in vars(self).items() if isinstance(tensor, Tensor)
+        }
+        return replace(self, **moved)
+
 
 def _row_and_column(numbers: Tensor, *, columns: int, side: int) -> tuple[Tensor, Tensor]:
     """Row and column of codes by their number in the order of drawing, of the same shape."""
@@ -108,13 +115,6 @@ def refined_codes(low_BRC: Tensor, *, grid: tuple[int, int]) -> Tensor:
             f"a high grid must be a whole number of times the low one, got {grid[0]}x{grid[1]} for {rows}x{columns}"
         )
     return low_BRC.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
-
-    def to(self, device: torch.device) -> "Segment":
-        """The same on a device."""
-        moved: dict[str, Any] = {
-            name: tensor.to(device) for name, tensor in vars(self).items() if isinstance(tensor, Tensor)
-        }
-        return replace(self, **moved)
 
 
 def pad(rows: Sequence[Sequence[int]], *, fill: int) -> tuple[Tensor, Tensor | None]:
