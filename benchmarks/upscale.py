@@ -132,13 +132,13 @@ def measure(pipes: Sequence[MarsPipeline], pictures: Sequence[Picture], given: a
     """All figures; the sheet of pictures goes into the folder."""
     first, how = pipes[0], find_upscaling(pipes[0].model.info)
     codec, factor = first.model.image_tokenizer, first.model.image_tokenizer.config.factor
+    low = first.model.info.grids[0]
+    high = how.high(low)
     for pipe in pipes[1:]:
-        other = find_upscaling(pipe.model.info)
-        if (other.low, other.high) != (how.low, how.high) or codes_digest(pipe.model.image_tokenizer) != codes_digest(
-            codec
-        ):
+        same = pipe.model.info.grids[0] == low and find_upscaling(pipe.model.info).high(low) == high
+        if not same or codes_digest(pipe.model.image_tokenizer) != codes_digest(codec):
             raise DataError(f"{pipe.model.folder} has another image tokenizer or other sizes; compare it alone")
-    low_size, high_size = ((grid[1] * factor, grid[0] * factor) for grid in (how.low, how.high))
+    low_size, high_size = ((grid[1] * factor, grid[0] * factor) for grid in (low, high))
     whole = [Image.fromarray(picture.pixels()) for picture in pictures]
     truth, small = ([on_white_page(one, size=size) for one in whole] for size in (high_size, low_size))
     prompts = [prompt_of(picture) for picture in pictures]
@@ -171,7 +171,7 @@ def measure(pipes: Sequence[MarsPipeline], pictures: Sequence[Picture], given: a
 
         rows[name] = judge(images) | {
             "codes_per_step": block,
-            "steps": how.high[0] * how.high[1] // block,
+            "steps": high[0] * high[1] // block,
             "seconds": seconds_each(one, given.timed),
             "codes_right": float((codes == high_codes).double().mean()),
             "visual_digest": pipe.model.visual_digest,

@@ -168,7 +168,7 @@ def tiny_model(
 def tiny_upscaler(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, build_tiny: "Callable[..., MarsTransformer]"
 ) -> Path:
-    """The folder of a random model that also refines the tiny model's grid to twice its rows and columns, K = 4."""
+    """The folder of a random model that also draws the tiny model's grid again, twice as large, with K = 4."""
     from dataclasses import replace
 
     from mars.checkpoint import load_image_tokenizer, read_info, save_model
@@ -177,7 +177,7 @@ def tiny_upscaler(
     info = replace(
         read_info(tiny_model)[0],
         name="tiny-upscaler",
-        upscale=UpscaleConfig(low=GRID, high=(2 * GRID[0], 2 * GRID[1]), codes_per_step=4),
+        upscale=UpscaleConfig(scale=2, codes_per_step=4),
     )
     folder = tmp_path_factory.mktemp("upscaler")
     transformer = build_tiny(**POCKET, low_input=True)

@@ -183,7 +183,7 @@ class ModelInfo:
     factor: int | None = None
     """Pixels on each side of a code, by which a grid becomes a size; folders written before it was kept have none."""
     upscale: UpscaleConfig | None = None
-    """What it was trained to draw again on a larger grid; null is nothing."""
+    """How it was trained to draw its grids again, larger; null is not."""
     format: str = FORMAT
 
     def __post_init__(self) -> None:

@@ -59,7 +59,7 @@ def test_one_bar_counts_drawing_and_upscaling(tiny_upscaler: Path, monkeypatch: 
     [
         (["upscale", "PICTURE", "-m", "TINY"], "tiny was not trained to upscale"),
         (["a", "--upscale", "-m", "TINY"], "tiny was not trained to upscale"),
-        (["a", "--upscale", "--width", 48, "-m", "UPSCALER"], "leave --width and --height out"),
+        (["a", "--upscale", "--width", 64, "-m", "UPSCALER"], "size must be one that the model was trained on"),
         (["upscale", "nothing.png", "-m", "UPSCALER"], "no picture at nothing.png"),
         (["upscale", "PICTURE", "-o", "a.gif", "-m", "UPSCALER"], "must end in .png"),
     ],

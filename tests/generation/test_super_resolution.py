@@ -62,7 +62,7 @@ def full_logits(
 @every_side
 def test_greedy_codes_are_those_of_the_full_pass_at_every_place(transformer: MarsTransformer, side: int) -> None:
     requests = [ask(number, temperature=0) for number in range(3)]
-    found = upscale(transformer, requests, grid=HIGH, side=side)
+    found = upscale(transformer, requests, scale=2, side=side)
     assert found.shape == (3, *HIGH)
     for request, codes in zip(requests, found, strict=True):
         logits, drawn = full_logits(transformer, request.prompt, request.low, codes, side)
@@ -73,7 +73,7 @@ def test_greedy_codes_are_those_of_the_full_pass_at_every_place(transformer: Mar
 @every_side
 def test_guided_codes_are_those_of_two_full_passes(transformer: MarsTransformer, side: int) -> None:
     requests = [ask(number, temperature=0, guidance=4.0) for number in range(3)]
-    for request, codes in zip(requests, upscale(transformer, requests, grid=HIGH, side=side), strict=True):
+    for request, codes in zip(requests, upscale(transformer, requests, scale=2, side=side), strict=True):
         (prompted, drawn), (free, _) = (
             full_logits(transformer, text, request.low, codes, side) for text in (request.prompt, request.free)
         )
@@ -82,9 +82,9 @@ def test_guided_codes_are_those_of_two_full_passes(transformer: MarsTransformer,
 
 @every_side
 def test_a_batch_is_its_requests_one_by_one(transformer: MarsTransformer, side: int) -> None:
-    together = upscale(transformer, MIXED, grid=HIGH, side=side)
+    together = upscale(transformer, MIXED, scale=2, side=side)
     for row, request in enumerate(MIXED):
-        assert torch.equal(upscale(transformer, [request], grid=HIGH, side=side)[0], together[row]), row
+        assert torch.equal(upscale(transformer, [request], scale=2, side=side)[0], together[row]), row
     assert torch.equal(together[1], together[4])
     assert len({tuple(codes.flatten().tolist()) for codes in together}) == 4
 
@@ -93,22 +93,20 @@ def test_a_batch_is_its_requests_one_by_one(transformer: MarsTransformer, side: 
 def test_guidance_1_is_no_guidance(transformer: MarsTransformer, side: int) -> None:
     plain = [ask(number, 3) for number in range(3)]
     other = [replace(request, free=(99,)) for request in plain]
-    assert torch.equal(
-        upscale(transformer, plain, grid=HIGH, side=side), upscale(transformer, other, grid=HIGH, side=side)
-    )
+    assert torch.equal(upscale(transformer, plain, scale=2, side=side), upscale(transformer, other, scale=2, side=side))
 
 
 def test_prompt_low_codes_seed_and_free_text_each_matter(transformer: MarsTransformer) -> None:
     base = ask(0, 1, guidance=3.0)
     changes: list[dict[str, Any]] = [{"prompt": PROMPTS[2]}, {"low": LOWS[1]}, {"seed": 2}, {"free": (1, 99, 98)}]
-    drawn = upscale(transformer, [base, *(replace(base, **change) for change in changes)], grid=HIGH, side=2)
+    drawn = upscale(transformer, [base, *(replace(base, **change) for change in changes)], scale=2, side=2)
     assert all(not torch.equal(drawn[0], other) for other in drawn[1:])
 
 
 @every_side
 def test_progress_is_told_after_each_block(transformer: MarsTransformer, side: int) -> None:
     told: list[tuple[int, int]] = []
-    upscale(transformer, [ask(0)], grid=HIGH, side=side, progress=lambda *both: told.append(both))
+    upscale(transformer, [ask(0)], scale=2, side=side, progress=lambda *both: told.append(both))
     assert told == [(done, 32) for done in range(side * side, 33, side * side)]
 
 
@@ -116,11 +114,9 @@ def test_of_several_candidates_the_likeliest_is_kept(
     transformer: MarsTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = ask(2, 11, guidance=2.0, temperature=1.5, candidates=5)
-    kept = upscale(transformer, [request], grid=HIGH, side=2)[0]
+    kept = upscale(transformer, [request], scale=2, side=2)[0]
     seeds = [(11 + number * SEED_STRIDE) % 2**63 for number in range(5)]
-    alone = [
-        upscale(transformer, [ask(2, seed, guidance=2.0, temperature=1.5)], grid=HIGH, side=2)[0] for seed in seeds
-    ]
+    alone = [upscale(transformer, [ask(2, seed, guidance=2.0, temperature=1.5)], scale=2, side=2)[0] for seed in seeds]
     found = []
     for codes in alone:
         logits, drawn = full_logits(transformer, request.prompt, request.low, codes, 2)
@@ -128,7 +124,7 @@ def test_of_several_candidates_the_likeliest_is_kept(
     assert torch.equal(kept, alone[found.index(max(found))])
     assert len(set(found)) == 5
     monkeypatch.setattr(engine, "MAX_ROWS", 5)
-    both = upscale(transformer, [ask(0, 3), request], grid=HIGH, side=2)
+    both = upscale(transformer, [ask(0, 3), request], scale=2, side=2)
     assert torch.equal(both[1], kept)
 
 
@@ -136,19 +132,17 @@ def test_what_does_not_fit_is_one_line(
     transformer: MarsTransformer, build_tiny: Callable[..., MarsTransformer]
 ) -> None:
     with pytest.raises(ConfigError, match="blocks of 4x4 codes must fill the grid, got 6x12"):
-        upscale(transformer, [ask(0)], grid=(6, 12), side=4)
-    with pytest.raises(ConfigError, match="a whole number of times the low one, got 4x4 for 2x4"):
-        upscale(transformer, [ask(0)], grid=(4, 4), side=2)
+        upscale(transformer, [ask(0)], scale=3, side=4)
     with pytest.raises(RequestError, match="must have been trained to upscale"):
-        upscale(build_tiny(), [ask(0)], grid=HIGH, side=2)
+        upscale(build_tiny(), [ask(0)], scale=2, side=2)
     limit = transformer.config.language.max_positions
-    upscale(transformer, [replace(ask(0), prompt=(1,) * (limit - 41))], grid=HIGH, side=4)
+    upscale(transformer, [replace(ask(0), prompt=(1,) * (limit - 41))], scale=2, side=4)
     with pytest.raises(RequestError, match=f"must fit into {limit} positions, got {limit + 1}"):
-        upscale(transformer, [replace(ask(0), prompt=(1,) * (limit - 40))], grid=HIGH, side=4)
+        upscale(transformer, [replace(ask(0), prompt=(1,) * (limit - 40))], scale=2, side=4)
 
 
 def test_upscaling_leaves_text_to_image_as_it_is(transformer: MarsTransformer) -> None:
     request = DrawRequest(prompt=PROMPTS[0], free=FREE, seed=3, sampling=Sampling(guidance=2.0))
     before = draw(transformer, [request], grid=(2, 4))
-    upscale(transformer, MIXED, grid=HIGH, side=2)
+    upscale(transformer, MIXED, scale=2, side=2)
     assert torch.equal(draw(transformer, [request], grid=(2, 4)), before)

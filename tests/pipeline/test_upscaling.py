@@ -92,15 +92,15 @@ def test_a_model_that_was_not_trained_to_upscale_says_so(pipe: MarsPipeline) -> 
 
 def test_a_saved_upscaler_upscales_the_same_and_says_so(upscaler: MarsPipeline, tmp_path: Path) -> None:
     upscaler.save_pretrained(tmp_path / "saved")
-    assert read_info(tmp_path / "saved")[0].upscale == UpscaleConfig(low=(2, 3), high=(4, 6), codes_per_step=4)
-    assert "48x32 to 96x64, 4 codes a step" in (tmp_path / "saved" / "README.md").read_text("utf-8")
+    assert read_info(tmp_path / "saved")[0].upscale == UpscaleConfig(scale=2, codes_per_step=4)
+    assert "48x32 to 96x64; 4 codes a step" in (tmp_path / "saved" / "README.md").read_text("utf-8")
     again = MarsPipeline.from_pretrained(tmp_path / "saved")
-    assert again.describe()["super-resolution"] == "48x32 to 96x64, 4 codes a step"
+    assert again.describe()["super-resolution"] == "48x32 to 96x64; 4 codes a step"
     assert np.array_equal(again.upscale(CODES).codes, upscaler.upscale(CODES).codes)
 
 
 def test_a_folder_whose_upscaling_makes_no_sense_is_one_line(tiny_upscaler: Path, tmp_path: Path) -> None:
     table = json.loads((tiny_upscaler / "config.json").read_text("utf-8"))
-    (tmp_path / "config.json").write_text(json.dumps(table | {"upscale": table["upscale"] | {"codes_per_step": 9}}))
-    with pytest.raises(CheckpointError, match="must be a square block that fills 4x6 codes, such as 1, 4 or 16, got 9"):
+    (tmp_path / "config.json").write_text(json.dumps(table | {"upscale": table["upscale"] | {"codes_per_step": 8}}))
+    with pytest.raises(CheckpointError, match="codes_per_step must be a square such as 1, 4 or 16, got 8"):
         read_info(tmp_path)

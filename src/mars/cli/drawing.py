@@ -9,6 +9,7 @@ from mars.errors import RequestError
 from mars.files import whole_file
 from mars.generation.sampling import Sampling
 from mars.pipeline import MAX_IMAGES, Generated, MarsPipeline
+from mars.pipeline.checks import find_grid
 from mars.pipeline.upscaling import find_upscaling
 
 
@@ -61,10 +62,9 @@ def draw_all(
     pipe.check_prompts(prompts)
     more = 0
     if upscale:
-        how, factor = find_upscaling(pipe.model.info), pipe.model.image_tokenizer.config.factor
-        if size != (None, None):
-            raise RequestError("--upscale decides the size that is drawn; leave --width and --height out")
-        size, more = (how.low[1] * factor, how.low[0] * factor), how.high[0] * how.high[1]
+        factor, scale = pipe.model.image_tokenizer.config.factor, find_upscaling(pipe.model.info).scale
+        rows, columns = find_grid(*size, sizes=pipe.sizes, factor=factor)
+        more = rows * columns * scale**2
     some = max(1, MAX_IMAGES // max(1, n))
     starts = range(0, len(prompts), some)
     drawing = 0

@@ -30,21 +30,25 @@ def upscale(
     transformer: MarsTransformer,
     requests: Sequence[UpscaleRequest],
     *,
-    grid: tuple[int, int],
+    scale: int,
     side: int,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Draws each request's codes again on a larger grid, in N / K steps of K = side * side codes; (B, R, C) int64.
+    """Draws each request's codes again on a grid of `scale` times as many rows and columns; (B, R, C) int64.
+
+    That takes N / K steps of K = side * side codes.
 
     As for `engine.draw`, a row's codes depend on its own request alone, up to rounding.
 
     Raises:
-        ConfigError: if blocks do not fill the grid, or it is not a whole number of times the low one.
+        ConfigError: if blocks do not fill the grid.
         RequestError: if the model cannot read low-resolution codes, or prompt and images do not fit into the LLM's
             positions.
     """
     if not transformer.config.semvie.low_input:
         raise RequestError("the model must have been trained to upscale (semvie.low_input), and was not; open another")
+    rows, columns = requests[0].low.shape
+    grid = rows * scale, columns * scale
     order = drawing_order(*grid, side=side)
     places = grid[0] * grid[1]
 

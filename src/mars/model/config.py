@@ -1,6 +1,7 @@
 """The shapes of a MARS transformer: the language model that it is built on, and its visual expert."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -201,33 +202,30 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class UpscaleConfig:
-    """What a model was trained to draw again on a larger grid (ours: `sequence/layout.py`). It changes no weights."""
+    """How a model was trained to draw its grids again, larger (ours: `sequence/layout.py`). It changes no weights."""
 
-    low: tuple[int, int]
-    """Rows and columns of the grid that is refined."""
-    high: tuple[int, int]
-    """Rows and columns of the grid that is drawn: the same number of times as many, both ways."""
-    codes_per_step: int
+    scale: int = 2
+    """How many times as many rows and columns are drawn."""
+    codes_per_step: int = 4
     """K: 1 is next-token prediction, 4 and 16 are blocks of 2x2 and 4x4 codes."""
 
     def __post_init__(self) -> None:
-        low, high = self.low, self.high
-        _positive("upscale", low=min(low), high=min(high), codes_per_step=self.codes_per_step)
-        times = high[0] // low[0]
-        if times < 2 or high != (low[0] * times, low[1] * times):
-            raise ConfigError(f"upscale.high must be a multiple of low, the same both ways, got {high} for {low}")
-        if self.side**2 != self.codes_per_step or high[0] % self.side or high[1] % self.side:
-            raise ConfigError(
-                f"upscale.codes_per_step must be a square block that fills {high[0]}x{high[1]} codes, such as 1, 4 or "
-                f"16, got {self.codes_per_step}"
-            )
+        if self.scale < 2:
+            raise ConfigError(f"upscale.scale must be at least 2, got {self.scale}")
+        if self.codes_per_step < 1 or self.side**2 != self.codes_per_step:
+            raise ConfigError(f"upscale.codes_per_step must be a square such as 1, 4 or 16, got {self.codes_per_step}")
 
     @property
     def side(self) -> int:
         """Codes on each side of a block."""
         return math.isqrt(self.codes_per_step)
 
-    def text(self, *, factor: int) -> str:
+    def high(self, low: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the grid that is drawn for one that is refined."""
+        return low[0] * self.scale, low[1] * self.scale
+
+    def text(self, grids: Iterable[tuple[int, int]], *, factor: int) -> str:
         """Sizes in pixels, and K."""
-        low, high = (f"{columns * factor}x{rows * factor}" for rows, columns in (self.low, self.high))
-        return f"{low} to {high}, {self.codes_per_step} codes a step"
+        pairs = ((grid, self.high(grid)) for grid in grids)
+        sizes = (" to ".join(f"{columns * factor}x{rows * factor}" for rows, columns in pair) for pair in pairs)
+        return f"{', '.join(sizes)}; {self.codes_per_step} codes a step"

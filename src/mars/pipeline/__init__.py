@@ -22,14 +22,14 @@ from mars.checkpoint import MarsModel, is_whole_model, load_model
 from mars.errors import ModelError, PromptError, RequestError
 from mars.generation.engine import DrawRequest, Progress, continue_text, draw
 from mars.generation.sampling import Sampling
-from mars.generation.super_resolution import upscale
+from mars.generation.super_resolution import UpscaleRequest, upscale
 from mars.hub import hub_folder, is_hub_id, upload
 from mars.model.language_tensors import tensors_digest
 from mars.model.precision import Precision, check_precision, weights_held
 from mars.picture import GeneratedImage, on_white_page, open_picture
 from mars.pipeline.checks import all_seeds, find_grid
 from mars.pipeline.saving import save_with_card
-from mars.pipeline.upscaling import UPSCALE_SAMPLING, find_upscaling, upscale_requests
+from mars.pipeline.upscaling import UPSCALE_SAMPLING, check_low_codes, find_upscaling
 from mars.sequence.text import CAPTION_HINTS
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "mars-mini"
@@ -196,11 +196,11 @@ class MarsPipeline:
         sampling: Sampling = UPSCALE_SAMPLING,
         progress: Progress | None = None,
     ) -> Generated:
-        """Draws pictures again on the larger grid that the model was trained to refine them to.
+        """Draws pictures again, as many times larger as the model was trained to.
 
         Args:
-            picture: a file, a picture (fitted onto a white page of the size that is refined), codes (B, R, C), or what
-                a call drew.
+            picture: a file, a picture (fitted onto a white page of the model's size), codes (B, R, C), or what a call
+                drew.
             prompt: what the picture shows, for all or one for each; default: what it was drawn for, or nothing.
             seed: as for a call; default: those that it was drawn with.
             negative_prompt, sampling, progress: as for a call.
@@ -224,14 +224,18 @@ class MarsPipeline:
             codes = picture
         else:
             image = open_picture(Path(picture)) if isinstance(picture, str | Path) else picture
-            codes = self._encode(image, grid=how.low)[None]
+            codes = self.encode(image)[None]
+        check_low_codes(codes, grids=self.model.info.grids)
         prompts = [prompt or ""] * len(codes) if prompt is None or isinstance(prompt, str) else list(prompt)
+        if len(prompts) != len(codes):
+            raise RequestError(f"there must be one prompt, or one per picture ({len(codes)}), got {len(prompts)}")
         seeds = all_seeds(seed, prompts=len(codes), n=1)
         ids = {text: self._prompt_ids(text) for text in {*prompts, negative_prompt}}
-        requests = upscale_requests(
-            how, codes, [ids[text] for text in prompts], free=ids[negative_prompt], seeds=seeds, sampling=sampling
-        )
-        high = upscale(self.model.transformer, requests, grid=how.high, side=how.side, progress=progress)
+        requests = [
+            UpscaleRequest(prompt=ids[text], free=ids[negative_prompt], seed=number, sampling=sampling, low=low)
+            for text, number, low in zip(prompts, seeds, codes, strict=True)
+        ]
+        high = upscale(self.model.transformer, requests, scale=how.scale, side=how.side, progress=progress)
         asked = {"codes_per_step": how.codes_per_step, "negative_prompt": negative_prompt, **asdict(sampling)}
         settings = [{**before, "upscale": asked} for before in drawn or [{}] * len(codes)]
         return self._generated(high, prompts, seeds, settings=settings, started=started)
@@ -301,7 +305,7 @@ class MarsPipeline:
             "codes": vocabulary.num_codes,
             "vocabulary": vocabulary.size,
             "picture sizes": ", ".join(f"{width}x{height}" for width, height in self.sizes),
-            "super-resolution": info.upscale.text(factor=codec.config.factor) if info.upscale else "none",
+            "super-resolution": info.upscale.text(info.grids, factor=codec.config.factor) if info.upscale else "none",
             "language digest": tensors_digest(transformer.language_tensors()) if whole else "none: rounded or released",
             "language digest of the LLM": info.language_digest,
             "visual digest": self.model.visual_digest,
@@ -317,14 +321,10 @@ class MarsPipeline:
         pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(one) for one in pixels]
 
+    @torch.inference_mode()
     def encode(self, image: Image.Image) -> Tensor:
         """A picture to codes (R, C); it is fitted onto a white page of the model's size."""
-        return self._encode(image, grid=self.model.info.grids[0])
-
-    @torch.inference_mode()
-    def _encode(self, image: Image.Image, *, grid: tuple[int, int]) -> Tensor:
-        factor = self.model.image_tokenizer.config.factor
-        page = on_white_page(image, size=(grid[1] * factor, grid[0] * factor))
+        page = on_white_page(image, size=self.sizes[0])
         pixels = torch.from_numpy(np.asarray(page).copy()).permute(2, 0, 1)[None].float() / 255
         return self.model.image_tokenizer.encode(pixels)[0]
 

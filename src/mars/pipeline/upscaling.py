@@ -1,4 +1,4 @@
-"""What a pipeline's model was trained to upscale, and the requests for it.
+"""How a pipeline's model was trained to upscale, and what is asked of it.
 
 Letters: B pictures, R rows, C columns.
 """
@@ -10,7 +10,6 @@ from torch import Tensor
 from mars.checkpoint import ModelInfo
 from mars.errors import RequestError
 from mars.generation.sampling import Sampling
-from mars.generation.super_resolution import UpscaleRequest
 from mars.model.config import UpscaleConfig
 
 UPSCALE_SAMPLING = Sampling(temperature=0)
@@ -18,37 +17,18 @@ UPSCALE_SAMPLING = Sampling(temperature=0)
 
 
 def find_upscaling(info: ModelInfo) -> UpscaleConfig:
-    """What a model was trained to refine.
+    """How a model was trained to upscale.
 
     Raises:
-        RequestError: if that is nothing.
+        RequestError: if it was not.
     """
     if info.upscale is None:
         raise RequestError(f"{info.name} was not trained to upscale; open a model of `mars train` in stage upscale")
     return info.upscale
 
 
-def upscale_requests(
-    how: UpscaleConfig,
-    low_BRC: Tensor,
-    prompts: Sequence[tuple[int, ...]],
-    *,
-    free: tuple[int, ...],
-    seeds: Sequence[int],
-    sampling: Sampling,
-) -> list[UpscaleRequest]:
-    """A request per picture.
-
-    Raises:
-        RequestError: if the grid is not the one that is refined, or there is not one prompt each.
-    """
-    if low_BRC.dim() != 3 or not len(low_BRC) or tuple(low_BRC.shape[1:]) != how.low:
-        raise RequestError(
-            f"codes to upscale must have the shape (pictures, {how.low[0]}, {how.low[1]}), got {tuple(low_BRC.shape)}"
-        )
-    if len(prompts) != len(low_BRC):
-        raise RequestError(f"there must be one prompt, or one per picture ({len(low_BRC)}), got {len(prompts)}")
-    return [
-        UpscaleRequest(prompt=prompt, free=free, seed=seed, sampling=sampling, low=low)
-        for prompt, seed, low in zip(prompts, seeds, low_BRC, strict=True)
-    ]
+def check_low_codes(low_BRC: Tensor, *, grids: Sequence[tuple[int, int]]) -> None:
+    """Raises RequestError if codes have another shape than (pictures, rows, columns) of one of the grids."""
+    if low_BRC.dim() != 3 or not len(low_BRC) or tuple(low_BRC.shape[1:]) not in grids:
+        known = " or ".join(f"(pictures, {rows}, {columns})" for rows, columns in grids)
+        raise RequestError(f"codes to upscale must have the shape {known}, got {tuple(low_BRC.shape)}")
