@@ -130,7 +130,7 @@ def spoil() -> Callable[[Path], SpoiledFolder]:
                 stem, suffix = damage.split(".")
                 made.refused[put(f"c/{stem}-{suffix}-{number}.{suffix}", content, captions(number))] = word
             name = put(f"c/letters-{number}.png", encoded(art(2000 + number)), {})
-            (folder / name).with_suffix(".json").write_bytes('{"text_zh": "一只猫"}'.encode("gb18030"))
+            (folder / name).with_suffix(".json").write_bytes('{"text_zh": "一只黑色的猫坐在窗边"}'.encode("gb18030"))
             made.refused[name] = "UTF-8"
             (folder / "c" / f"alone-{number}.json").write_text("{}")
             made.refused[f"c/alone-{number}.json"] = "no picture"
