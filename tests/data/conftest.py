@@ -107,6 +107,16 @@ def _spoil_bytes(number: int) -> dict[str, tuple[bytes, str]]:
 
 
 @pytest.fixture(scope="session")
+def picture_file() -> Callable[..., bytes]:
+    """The bytes of a small picture: its number, the format as PIL calls it, and options of `save`."""
+
+    def file(number: int, kind: str = "PNG", **options: object) -> bytes:
+        return encoded(art(number), kind, **options)
+
+    return file
+
+
+@pytest.fixture(scope="session")
 def spoil() -> Callable[[Path], SpoiledFolder]:
     """Writes good pictures and 200 spoiled ones into a folder; always the same."""
 

@@ -53,7 +53,8 @@ def stored_form(content: bytes) -> StoredForm:
         with warnings.catch_warnings(action="ignore"):  # of sizes, where ours is stricter, and of metadata
             image = Image.open(io.BytesIO(content), formats=_READ)
             _refuse_size(image.size)
-            _check_sums(content)
+            if image.format == "PNG":  # whose sums are not looked at when it is decoded
+                Image.open(io.BytesIO(content), formats=_READ).verify()
             return _converted(image, content=content)
     except ImageError:
         raise
@@ -74,13 +75,6 @@ def _refuse_size(size: tuple[int, int]) -> None:
         raise ImageError(f"too many pixels ({width}x{height}, at most {MAX_PIXELS:,})")
     if min(size) < MIN_SIDE:
         raise ImageError(f"too small ({width}x{height}, at least {MIN_SIDE} on each side)")
-
-
-def _check_sums(content: bytes) -> None:
-    """Of a PNG, which are not looked at when it is decoded."""
-    image = Image.open(io.BytesIO(content), formats=_READ)
-    if image.format == "PNG":
-        image.verify()
 
 
 def _converted(image: Image.Image, *, content: bytes) -> StoredForm:
