@@ -145,7 +145,7 @@ def test_a_tokenizer_moves_a_bar_on_a_terminal(tmp_path: Path, tiny_pictures: Pa
         "tokenizer": {"num_codes": 16, "code_width": 8, "channels": [32], "patch": 16, "blocks_per_level": 1},
     }  # fmt: skip
     (tmp_path / "a.toml").write_text(toml(table), "utf-8")
-    moved: list[tuple[int, int]] = []
+    moved: list[tuple[int, int | None]] = []
 
     @contextmanager
     def bar(what: str) -> Iterator[Report]:
