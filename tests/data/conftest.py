@@ -107,6 +107,16 @@ def _spoil_bytes(number: int) -> dict[str, tuple[bytes, str]]:
 
 
 @pytest.fixture(scope="session")
+def picture_file() -> Callable[..., bytes]:
+    """The bytes of a small picture: its number, the format as PIL calls it, and options of `save`."""
+
+    def file(number: int, kind: str = "PNG", **options: object) -> bytes:
+        return encoded(art(number), kind, **options)
+
+    return file
+
+
+@pytest.fixture(scope="session")
 def spoil() -> Callable[[Path], SpoiledFolder]:
     """Writes good pictures and 200 spoiled ones into a folder; always the same."""
 
@@ -130,7 +140,7 @@ def spoil() -> Callable[[Path], SpoiledFolder]:
                 stem, suffix = damage.split(".")
                 made.refused[put(f"c/{stem}-{suffix}-{number}.{suffix}", content, captions(number))] = word
             name = put(f"c/letters-{number}.png", encoded(art(2000 + number)), {})
-            (folder / name).with_suffix(".json").write_bytes('{"text_zh": "一只猫"}'.encode("gb18030"))
+            (folder / name).with_suffix(".json").write_bytes('{"text_zh": "一只黑色的猫坐在窗边"}'.encode("gb18030"))
             made.refused[name] = "UTF-8"
             (folder / "c" / f"alone-{number}.json").write_text("{}")
             made.refused[f"c/alone-{number}.json"] = "no picture"
