@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -300,24 +299,22 @@ def test_a_block_that_kills_its_worker_is_named_and_the_rest_encoded(
 def test_a_run_that_is_killed_five_times_ends_with_the_same_bytes(
     pictures: Path, whole: Path, encoder: Encoder, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    command = [
-        sys.executable, "-c", "from mars.cli import main; main()", "data", "encode", pictures, "--image-tokenizer", encoder.folder, "--out", out,
-        "--size", "48", "--size", "96", "--crop", "random", "--aspect-buckets", "--workers", "2",
-    ]  # fmt: skip
-    started = time.perf_counter()
-    subprocess.run(
-        [*(tmp_path / "timed" if part is out else part for part in command)], check=True, capture_output=True
-    )
-    seconds = time.perf_counter() - started
-    waits = np.random.default_rng(0).uniform(0.2, 1.0, 5) * seconds
-    kept = []
-    for wait in waits:
+    out, chance = tmp_path / "out", random.Random(0)
+    command: list[str | Path] = [sys.executable, "-c", "from mars.cli import main; main()", "data", "encode", pictures]
+    command += ["--image-tokenizer", encoder.folder, "--out", out, "--workers", "2"]
+    command += ["--size", "48", "--size", "96", "--crop", "random", "--aspect-buckets"]
+    done: list[int] = []
+    for _ in range(5):
         run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(wait)
+        wanted = (done or [0])[-1] + chance.randrange(2)
+        while len(list(out.glob("shard-*.json"))) < wanted or not (out / "dataset.json").is_file():
+            assert run.poll() is None
+            time.sleep(0.01)
+        time.sleep(chance.random())
         run.kill()
         run.wait()
-        kept.append(len(list(out.glob("shard-*.json"))))
-    assert kept == sorted(kept)  # nothing that was done is lost
+        done.append(len(list(out.glob("shard-*.json"))))
+    assert done == sorted(done)  # what was done is not lost
+    assert not json.loads((out / "dataset.json").read_text("utf-8"))["finished"]
     subprocess.run(command, check=True, capture_output=True)
     assert contents(out) == contents(whole)

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
@@ -81,9 +81,9 @@ def local_engine(*, workers: int) -> Engine:
 
     def encode(shards: Sequence[Path], writer: ShardWriter, told: Callable[[int], None]) -> None:
         items = ((shard, block) for shard in shards for block in _at_least_one(blocks(read_pictures(shard))))
-        with closing(in_order(partial(_encode_item, writer.encoder), items, workers=workers)) as results:
-            for shard, of_shard in groupby(results, key=lambda result: result[0][0]):
-                writer.write(shard, _counted(of_shard, told))
+        results = in_order(partial(_encode_item, writer.encoder), items, workers=workers)
+        for shard, of_shard in groupby(results, key=lambda result: result[0][0]):
+            writer.write(shard, _counted(of_shard, told))
 
     return encode
 
