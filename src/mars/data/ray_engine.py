@@ -40,7 +40,9 @@ def ray_engine(*, workers: int) -> Engine:
 
         ours = not ray.is_initialized()
         try:
-            ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(
+                ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+            )
             logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised here, and the rest is chatter
             ray.data.DataContext.get_current().enable_progress_bars = False
             jobs = ray.data.from_items([str(shard) for shard in shards], override_num_blocks=len(shards))
