@@ -103,8 +103,11 @@ class _Display:
 
 
 def draw_samples(folder: Path, prompts: Sequence[str]) -> Image.Image:
-    """A row of pictures, one per prompt, drawn by the model in a folder; the seed is 0."""
-    drawn = MarsPipeline(load_model(folder))(list(prompts), seed=0)
+    """A row of pictures, one per prompt, drawn (and upscaled) by the model in a folder; the seed is 0."""
+    pipe = MarsPipeline(load_model(folder))
+    drawn = pipe(list(prompts), seed=0)
+    if pipe.model.info.upscale is not None:
+        drawn = pipe.upscale(drawn)
     width, height = drawn.images[0].size
     sheet = Image.new("RGB", (width * len(prompts), height + 16), "white")
     for index, (image, prompt) in enumerate(zip(drawn.images, prompts, strict=True)):
