@@ -3,6 +3,8 @@
 Letters: B batch, T positions, S keys, D width, H query heads, G key/value heads, E head width, F feed-forward width.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,6 +66,21 @@ def attend(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None) 
     return mixed.transpose(1, 2).flatten(2)
 
 
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values of the new positions, heads apart and not yet rotated, to (B, T, H * E)."""
+
+
+class Table(nn.Embedding):
+    """`nn.Embedding` whose weights are not drawn, for the reason that `Linear.reset_parameters` gives."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__(rows, width, _weight=torch.empty(rows, width))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., rows): the table as a head."""
+        return F.linear(x, self.weight)
+
+
 class Expert(nn.Module):
     """One modality's weights of one layer; norms and the output projection may belong to the other expert."""
 
@@ -100,6 +117,26 @@ class Expert(nn.Module):
         self.gate_proj = Linear(width, ffn, bias=False)
         self.up_proj = Linear(width, ffn, bias=False)
         self.down_proj = Linear(ffn, width, bias=False)
+
+    def forward(
+        self, x_BTD: Tensor, attention: Attention, *, norms: "Expert", output: nn.Module
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs one segment's positions.
+
+        Args:
+            norms: the expert whose norms are used, `output` the projection behind attention: either may be shared.
+
+        Returns:
+            hidden states (B, T, D), and the keys and values (B, G, T, E) that attention was given. Gradients of later
+            segments come back through these two, which FSDP must be told (training/distributed.py).
+        """
+        q, k, v = self.project(norms.attention_norm(x_BTD))
+        if self.head_norms:
+            q, k, v = self.q_norm(q), self.k_norm(k), self.v_norm(v)
+        elif hasattr(norms, "q_norm"):
+            q, k = norms.q_norm(q), norms.k_norm(k)
+        x_BTD = x_BTD + output(attention(q, k, v))
+        return x_BTD + self.feed_forward(norms.ffn_norm(x_BTD)), k, v
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, E), keys and values (B, G, T, E) of normalised input, not yet rotated."""

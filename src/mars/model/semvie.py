@@ -45,7 +45,6 @@ class SemVIELayer(nn.Module):
                 own_output=semvie.duplicate_output,
             )
         self.share_norms = semvie.share_norms
-        self.qk_norm = language.qk_norm
 
     def forward(
         self, x_BTD: Tensor, modality: Modality, *, cache: Cache, rotary: Tensor, mask: Tensor | None
@@ -54,14 +53,12 @@ class SemVIELayer(nn.Module):
         expert = self.language if modality is Modality.TEXT else self.visual
         if expert is None:
             return x_BTD
+
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = cache.extend(self.index, rotate(k, rotary), v)
+            return attend(rotate(q, rotary), keys, values, mask)
+
         norms = self.language if self.share_norms else expert
-        q, k, v = expert.project(norms.attention_norm(x_BTD))
-        if expert.head_norms:
-            q, k, v = expert.q_norm(q), expert.k_norm(k), expert.v_norm(v)
-        elif self.qk_norm:
-            q, k = norms.q_norm(q), norms.k_norm(k)
-        keys, values = cache.extend(self.index, rotate(k, rotary), v)
-        mixed = attend(rotate(q, rotary), keys, values, mask)
         output = expert.o_proj if hasattr(expert, "o_proj") else self.language.o_proj
-        x_BTD = x_BTD + output(mixed)
-        return x_BTD + expert.feed_forward(norms.ffn_norm(x_BTD))
+        x_BTD, _, _ = expert(x_BTD, attention, norms=norms, output=output)
+        return x_BTD
