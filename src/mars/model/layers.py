@@ -70,17 +70,6 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values of the new positions, heads apart and not yet rotated, to (B, T, H * E)."""
 
 
-class Table(nn.Embedding):
-    """`nn.Embedding` whose weights are not drawn, for the reason that `Linear.reset_parameters` gives."""
-
-    def __init__(self, rows: int, width: int) -> None:
-        super().__init__(rows, width, _weight=torch.empty(rows, width))
-
-    def logits(self, x: Tensor) -> Tensor:
-        """(..., width) -> (..., rows): the table as a head."""
-        return F.linear(x, self.weight)
-
-
 class Expert(nn.Module):
     """One modality's weights of one layer; norms and the output projection may belong to the other expert."""
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mars.errors import RequestError
 from mars.model.cache import Cache, Prefix, StaticCache
 from mars.model.config import ModelConfig
-from mars.model.layers import Expert, Linear, Norm, Table
+from mars.model.layers import Expert, Linear, Norm
 from mars.model.rope import Rotary
 from mars.model.semvie import SemVIELayer
 from mars.sequence.layout import Modality, Segment, text_segment
@@ -35,6 +35,11 @@ def is_language(name: str) -> bool:
     return name.startswith("language_") or ".language." in name
 
 
+def _table(rows: int, width: int) -> nn.Embedding:
+    """An embedding whose weights are not drawn, for the reason that `Linear.reset_parameters` gives."""
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
+
+
 class MarsTransformer(nn.Module):
     """A frozen LLM and its visual expert.
 
@@ -49,15 +54,15 @@ class MarsTransformer(nn.Module):
         language, width = config.language, config.visual_width
         self.vocabulary = Vocabulary(text_size=language.vocab_size, num_codes=config.num_codes)
         self.rotary = Rotary(language.head_width, theta=language.rope_theta, scaling=language.rope_scaling)
-        self.language_embedding = Table(language.vocab_size, language.width)
+        self.language_embedding = _table(language.vocab_size, language.width)
         self.layers = nn.ModuleList(SemVIELayer(config, index) for index in range(language.num_layers))
         self.language_norm = Norm(language.width, eps=language.norm_eps)
         if not language.tied_embeddings:
             self.language_head = Linear(language.width, language.vocab_size, bias=False)
         specials = self.vocabulary.size - self.vocabulary.first_special
-        self.special_embedding = Table(specials, language.width)
+        self.special_embedding = _table(specials, language.width)
         self.special_head = Linear(language.width, specials, bias=False)
-        self.visual_embedding = Table(self.vocabulary.visual_rows, width)
+        self.visual_embedding = _table(self.vocabulary.visual_rows, width)
         self.visual_head = Linear(width, self.vocabulary.visual_rows, bias=False)
         if not config.semvie.share_norms:
             self.visual_norm = Norm(width, eps=language.norm_eps)
@@ -123,7 +128,7 @@ class MarsTransformer(nn.Module):
         """Logits of text ids at text positions, (B, T, V): the LLM's own."""
         if hasattr(self, "language_head"):
             return cast(Tensor, self.language_head(hidden_BTD))
-        return self.language_embedding.logits(hidden_BTD)
+        return nn.functional.linear(hidden_BTD, self.language_embedding.weight)
 
     def special_logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits of special and dead ids at text positions: how text predicts `<img>`."""
