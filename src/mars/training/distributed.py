@@ -40,13 +40,10 @@ LOCAL = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @contextmanager
-def join(device: torch.device, *, dtype: torch.dtype = torch.float32) -> Iterator[Process]:
+def join(device: torch.device) -> Iterator[Process]:
     """Meets the processes that torchrun started, as the environment says; without them, this process is alone.
 
     They talk by NCCL between GPUs and by Gloo between CPUs.
-
-    Args:
-        dtype: of weights as they are gathered on GPUs; shards, sums of gradients and optimizer states stay fp32.
 
     Raises:
         ConfigError: if the environment is incomplete.
@@ -60,7 +57,7 @@ def join(device: torch.device, *, dtype: torch.dtype = torch.float32) -> Iterato
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    yield ShardedProcess(device, dtype=dtype)
+    yield ShardedProcess(device)
     dist.barrier()
     dist.destroy_process_group()  # not after an error: the others may be waiting for this one, and torchrun ends them
 
@@ -68,14 +65,17 @@ def join(device: torch.device, *, dtype: torch.dtype = torch.float32) -> Iterato
 class ShardedProcess(Process):
     """One of several processes, each with a part of every weight."""
 
-    def __init__(self, device: torch.device, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.dtype = dtype
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
 
-    def place(self, transformer: MarsTransformer) -> None:
-        """Divides a transformer's weights among the processes; it is called as before."""
+    def place(self, transformer: MarsTransformer, *, dtype: torch.dtype) -> None:
+        """Divides a transformer's weights among the processes; it is called as before.
+
+        Args:
+            dtype: in which GPUs gather weights; shards, sums of gradients and optimizer states stay fp32.
+        """
         # Keys and values that an expert returns are views; nothing writes to them in place, which is what FSDP fears.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(self.device.type, (self.world,))
@@ -83,10 +83,10 @@ class ShardedProcess(Process):
         whole = {weight for norm in norms for weight in norm.parameters() if not weight.requires_grad}
         for weight in whole:
             weight.data = weight.data.to(self.device)
-        halves = self.dtype is torch.bfloat16 and self.device.type == "cuda"
+        halves = dtype is torch.bfloat16 and self.device.type == "cuda"
         # What flows between layers is not cast: it stays fp32, as under autocast in one process.
         policy = MixedPrecisionPolicy(
-            param_dtype=self.dtype if halves else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=dtype if halves else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         for unit in _units(transformer):
             fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole)

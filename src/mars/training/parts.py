@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -62,6 +63,8 @@ def _one_line(what: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process alone is meant
             yield
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{what}: {reason(error)}") from error
     except CheckpointException as error:  # the errors of all processes, raised in each of them
         failure, _ = next(iter(error.failures.values()))
         lines = reason(failure).splitlines() if isinstance(failure, Exception) else []
