@@ -72,9 +72,10 @@ class PrefixStore:
             rest = list(group)
             batches += [rest[start : start + ROWS] for start in range(0, len(rest), ROWS)]
         found: dict[tuple[int, ...], Prefix] = {}
+        others = self.most(len(batches)) - len(batches)
         for batch in batches:
             found |= self._read(batch)
-        for _ in range(self.most(len(batches)) - len(batches)):
+        for _ in range(others):
             read_prefixes(self.transformer, [[0]])
         return found
 
