@@ -174,17 +174,18 @@ with join(torch.device("cpu")) as process:
     trainer = Trainer(from_dict(StageConfig, table), process=process)
     step = trainer.step
     losses = [trainer.train_step() for _ in range(count)]
-    trainer.save()
     transformer = trainer.transformer
     states = [state for one in trainer.optimizers for slots in one.state.values() for state in slots.values()]
-    print(json.dumps({
+    told = {
         "rank": process.rank, "step": step, "losses": losses,
         "language": held(transformer.language_tensors().values()),
         "visual": held(transformer.visual_tensors().values()),
         "states": held(states),
         "gradients": held(one.grad for one in transformer.parameters() if one.grad is not None),
         "frozen_gradients": held(one.grad for one in transformer.language_tensors().values() if one.grad is not None),
-    }) + "\\n", end="", flush=True)
+    }
+    trainer.save()
+    print(json.dumps(told) + "\\n", end="", flush=True)
 """
 
 
