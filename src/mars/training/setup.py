@@ -71,7 +71,7 @@ def open_stage(config: StageConfig, *, notify: Callable[[str], None] | None = No
             language=lasting_source(language),
             language_revision=revision,
             language_digest=llm.digest,
-            grids=tuple(loader.grids),
+            grids=loader.grids,
             factor=image_tokenizer.config.factor,
         ),
         transformer=transformer,

@@ -6,17 +6,16 @@ Letters: R rows, C columns, B batch.
 """
 
 from abc import ABC, abstractmethod
-from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import accumulate
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from mars.data.loader import Loader, Sample
+from mars.data.loader import Loader, padding
+from mars.data.shards import Caption
 from mars.errors import ConfigError
 from mars.model.costs import FlopCount
 from mars.model.transformer import MarsTransformer
@@ -27,8 +26,12 @@ from mars.training.prefixes import PrefixStore
 from mars.training.process import Process
 from mars.training.stages import StageConfig
 
+CYCLE = 1000
+"""Steps in which each task has exactly its share."""
 LOOKAHEAD = 24
 """Steps whose captions are read at once."""
+REMEMBERED = 2**17
+"""Texts whose ids are kept."""
 HELD_OUT = 64
 """Held-out pictures whose loss says which checkpoint is best."""
 
@@ -45,8 +48,6 @@ class TaskContext:
     text_tokenizer: TextTokenizer
     loader: Loader
     held_out: Loader | None
-    ids: dict[str, list[int]] = field(default_factory=dict)
-    """Of every text seen so far."""
 
     @cached_property
     def prefixes(self) -> PrefixStore:
@@ -58,19 +59,14 @@ class TaskContext:
         """What positions cost."""
         return FlopCount(self.transformer)
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text."""
-        if text not in self.ids:
-            self.ids[text] = self.text_tokenizer.encode(text)
-        return self.ids[text]
+    @cached_property
+    def encode(self) -> Callable[[str], list[int]]:
+        """The ids of a text; those of the last texts are remembered."""
+        return lru_cache(REMEMBERED)(self.text_tokenizer.encode)
 
     def mine(self, everything: Sequence[E]) -> list[E]:
         """What this process has of a batch that all share."""
         return list(everything[self.process.rank :: self.process.world])
-
-    def samples(self, step: int, count: int) -> list[Sample]:
-        """What this process has of the `count` samples of a step."""
-        return self.mine(self.loader.batch(step * count, count))
 
     def stack(self, codes: Sequence[Tensor]) -> Tensor:
         """(B, R, C) codes of one grid, where they are computed with."""
@@ -84,8 +80,9 @@ class Task(ABC, Generic[E]):
     name: str
 
     @abstractmethod
-    def draw(self, step: int, generator: torch.Generator) -> list[E]:
-        """The examples that this process has of a step; the same for the same step, whatever ran before."""
+    def draw(self, number: int, generator: torch.Generator) -> list[E]:
+        """The examples that this process has of the task's batch of that number, the first being 0; the same for the
+        same number and state of the generator, whatever ran before."""
 
     @abstractmethod
     def losses(self, batch: Sequence[E]) -> dict[str, Tensor]:
@@ -128,19 +125,19 @@ class TextToImage(Task[Drawing]):
         self.read = 0
         """FLOPs of the captions that the last batch had read."""
 
-    def rows_of(self, height: int) -> int:
-        """How many rows of a picture are drawn."""
-        return height
+    def size(self) -> tuple[int, int | None]:
+        """Pictures of a step, and how many rows of each are drawn; null is all."""
+        return self.context.config.batch_size, None
 
-    def draw(self, step: int, generator: torch.Generator) -> list[Drawing]:
+    def draw(self, number: int, generator: torch.Generator) -> list[Drawing]:
         """Captions are emptied as often as the configuration says."""
-        config, height = self.context.config, self.context.loader.grids[0][0]
-        rows = self.rows_of(height)
-        count = config.batch_size * height // rows
-        dropped = self.context.mine((torch.rand(count, generator=generator) < config.guidance_dropout).tolist())
+        context, (count, rows) = self.context, self.size()
+        share = context.config.guidance_dropout
+        dropped = context.mine((torch.rand(count, generator=generator) < share).tolist())
+        samples = context.loader.batch(number * count, count, rank=context.process.rank, ranks=context.process.world)
         return [
             self._drawing(sample.codes[:rows], "" if drop else sample.caption.text)
-            for sample, drop in zip(self.context.samples(step, count), dropped, strict=True)
+            for sample, drop in zip(samples, dropped, strict=True)
         ]
 
     def _drawing(self, codes_RC: Tensor, text: str) -> Drawing:
@@ -153,7 +150,7 @@ class TextToImage(Task[Drawing]):
             return []
         count = min(HELD_OUT, len(loader))
         count -= count % self.context.process.world  # all processes have as many
-        samples = self.context.mine(loader.batch(0, count)) if count else []
+        samples = loader.batch(0, count, rank=self.context.process.rank, ranks=self.context.process.world)
         return [self._drawing(sample.codes, sample.caption.text) for sample in samples]
 
     def losses(self, batch: Sequence[Drawing]) -> dict[str, Tensor]:
@@ -194,9 +191,11 @@ class TopRows(TextToImage):
 
     name = "top_rows"
 
-    def rows_of(self, height: int) -> int:
-        """As the configuration says."""
-        return min(self.context.config.top_rows, height)
+    def size(self) -> tuple[int, int | None]:
+        """As many codes as a step of whole pictures has, where these have the first grid."""
+        config, height = self.context.config, self.context.loader.grids[0][0]
+        rows = min(config.top_rows, height)
+        return config.batch_size * height // rows, rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,13 +216,23 @@ class Captioning(Task[Reading]):
     def __init__(self, context: TaskContext) -> None:
         self.context = context
 
-    def draw(self, step: int, generator: torch.Generator) -> list[Reading]:  # noqa: ARG002
-        """Whole pictures and their captions."""
-        encode = self.context.encode
+    def draw(self, number: int, generator: torch.Generator) -> list[Reading]:  # noqa: ARG002
+        """Whole pictures and their captions, of nearly equal length: the text is most of the work, and so padding."""
+        context, count = self.context, self.context.config.batch_size
+        samples = context.loader.batch_by_length(
+            number * count,
+            count,
+            length=lambda caption: len(self._hint(caption)) + len(context.encode(caption.text)),
+            rank=context.process.rank,
+            ranks=context.process.world,
+        )
         return [
-            Reading(codes=one.codes, hint=encode(CAPTION_HINTS[one.caption.language]), caption=encode(one.caption.text))
-            for one in self.context.samples(step, self.context.config.batch_size)
+            Reading(codes=one.codes, hint=self._hint(one.caption), caption=context.encode(one.caption.text))
+            for one in samples
         ]
+
+    def _hint(self, caption: Caption) -> list[int]:
+        return self.context.encode(CAPTION_HINTS[caption.language])
 
     def losses(self, batch: Sequence[Reading]) -> dict[str, Tensor]:
         """Of the caption's ids and of its end."""
@@ -236,7 +245,13 @@ class Captioning(Task[Reading]):
             end=self.context.text_tokenizer.eos_id,
         )
         found = token_loss(states_ND, transformer.text_table, targets_N, z_loss=self.context.config.z_loss)
-        return {"total": found.loss, "loss": found.nats, "logit_norm": found.logit_norm}
+        empty = padding([len(one.hint) + len(one.caption) for one in batch])
+        return {
+            "total": found.loss,
+            "loss": found.nats,
+            "logit_norm": found.logit_norm,
+            "padding": found.loss.new_tensor(empty),
+        }
 
     def targets(self, batch: Sequence[Reading]) -> int:
         """Text ids."""
@@ -251,22 +266,30 @@ class Captioning(Task[Reading]):
 
 
 class TaskMix:
-    """The tasks of a run, each as often as its share of the steps."""
+    """The tasks of a run, each as often as its share of the steps: exactly so in every `CYCLE` of them.
+
+    A task's batches are numbered, so that each task sees every picture once per epoch of its own.
+    """
 
     def __init__(self, context: TaskContext) -> None:
         self.context = context
-        self.shares = dict(sorted(context.config.mix.items()))
+        shares = dict(sorted(context.config.mix.items()))
+        most = max(shares, key=lambda name: shares[name])
+        self.counts = {name: max(1, round(share * CYCLE)) for name, share in shares.items()}
+        """Steps of each task in a cycle."""
+        self.counts[most] += CYCLE - sum(self.counts.values())
+        self.turns: dict[int, list[str]] = {}
         self.step = 0
         known: dict[str, Callable[[], Task[Any]]] = {
             "text_to_image": lambda: TextToImage(context, ahead=self.prompts_ahead),
             "top_rows": lambda: TopRows(context, ahead=self.prompts_ahead),
             "captioning": lambda: Captioning(context),
         }
-        for name in self.shares:
+        for name in shares:
             if name not in known:
                 raise ConfigError(f"tasks.{name} cannot be trained yet; known tasks are {', '.join(known)}")
-        self.tasks = {name: known[name]() for name in self.shares}
-        self.main = self.tasks[max(self.shares, key=lambda name: self.shares[name])]
+        self.tasks = {name: known[name]() for name in shares}
+        self.main = self.tasks[most]
         """The task that most steps learn: its loss says which checkpoint is best."""
 
     def draw(self, step: int) -> tuple[Task[Any], list[Any]]:
@@ -275,10 +298,20 @@ class TaskMix:
         return self._draw(step)
 
     def _draw(self, step: int) -> tuple[Task[Any], list[Any]]:
-        generator = torch.Generator().manual_seed(self.context.config.seed * 1_000_003 + step)
-        edges = list(accumulate(self.shares.values()))[:-1]
-        task = list(self.tasks.values())[bisect(edges, float(torch.rand((), generator=generator)))]
-        return task, task.draw(step, generator)
+        cycle, place = divmod(step, CYCLE)
+        name = self._turns(cycle)[place]
+        number = cycle * self.counts[name] + self._turns(cycle)[:place].count(name)
+        task, seed = self.tasks[name], self.context.config.seed
+        return task, task.draw(number, torch.Generator().manual_seed(seed * 1_000_003 + step))
+
+    def _turns(self, cycle: int) -> list[str]:
+        """The names of the tasks of a cycle, in order."""
+        if cycle not in self.turns:
+            names = [name for name, count in self.counts.items() for _ in range(count)]
+            generator = torch.Generator().manual_seed(self.context.config.seed * 1_000_003 + cycle)
+            order = torch.randperm(CYCLE, generator=generator).tolist()
+            self.turns = {cycle: [names[index] for index in order]}
+        return self.turns[cycle]
 
     def prompts_ahead(self) -> Iterator[list[int]]:
         """Prompts of the steps after the one that was drawn last."""
