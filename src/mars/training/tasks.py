@@ -14,9 +14,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from mars.data.loader import Loader, padding
+from mars.data.loader import Loader, Sample, padding
 from mars.data.shards import Caption
 from mars.errors import ConfigError
+from mars.model.cache import Prefix
 from mars.model.costs import FlopCount
 from mars.model.transformer import MarsTransformer
 from mars.sequence.text import CAPTION_HINTS, TextTokenizer
@@ -25,6 +26,7 @@ from mars.training.losses import begin_image_loss, captioning_states, text_to_im
 from mars.training.prefixes import PrefixStore
 from mars.training.process import Process
 from mars.training.stages import StageConfig
+from mars.training.upscale import upscale_states
 
 CYCLE = 1000
 """Steps in which each task has exactly its share."""
@@ -58,6 +60,12 @@ class TaskContext:
     def flops(self) -> FlopCount:
         """What positions cost."""
         return FlopCount(self.transformer)
+
+    @property
+    def height(self) -> int:
+        """Rows of the codes that text to image draws."""
+        rows = self.loader.grids[0][0]
+        return rows // self.config.upscale.scale if "upscale" in self.config.mix else rows
 
     @cached_property
     def encode(self) -> Callable[[str], list[int]]:
@@ -101,6 +109,11 @@ class Task(ABC, Generic[E]):
         return []
 
 
+def _small(sample: Sample) -> Tensor:
+    """The codes (R, C) of every task but `upscale`: of a pair of grids, the smaller."""
+    return sample.codes if sample.low is None else sample.low
+
+
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
     """A picture to be drawn after a prompt."""
@@ -108,6 +121,24 @@ class Drawing:
     codes: Tensor
     """(R, C)."""
     prompt: list[int]
+
+    @property
+    def read(self) -> int:
+        """Image positions that are read between prompt and picture."""
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refining(Drawing):
+    """A picture to be drawn again, larger."""
+
+    low: Tensor
+    """(R / scale, C / scale)."""
+
+    @property
+    def read(self) -> int:
+        """`<low>` and the smaller picture."""
+        return self.low.numel() + 1
 
 
 class TextToImage(Task[Drawing]):
@@ -136,12 +167,15 @@ class TextToImage(Task[Drawing]):
         dropped = context.mine((torch.rand(count, generator=generator) < share).tolist())
         samples = context.loader.batch(number * count, count, rank=context.process.rank, ranks=context.process.world)
         return [
-            self._drawing(sample.codes[:rows], "" if drop else sample.caption.text)
+            self._example(sample, "" if drop else sample.caption.text, rows=rows)
             for sample, drop in zip(samples, dropped, strict=True)
         ]
 
-    def _drawing(self, codes_RC: Tensor, text: str) -> Drawing:
-        return Drawing(codes=codes_RC, prompt=[self.context.text_tokenizer.bos_id, *self.context.encode(text)])
+    def _example(self, sample: Sample, text: str, *, rows: int | None = None) -> Drawing:
+        return Drawing(codes=_small(sample)[:rows], prompt=self._prompt(text))
+
+    def _prompt(self, text: str) -> list[int]:
+        return [self.context.text_tokenizer.bos_id, *self.context.encode(text)]
 
     def held_out(self) -> list[Drawing]:
         """The first held-out pictures, each with one of its captions."""
@@ -151,7 +185,7 @@ class TextToImage(Task[Drawing]):
         count = min(HELD_OUT, len(loader))
         count -= count % self.context.process.world  # all processes have as many
         samples = loader.batch(0, count, rank=self.context.process.rank, ranks=self.context.process.world)
-        return [self._drawing(sample.codes, sample.caption.text) for sample in samples]
+        return [self._example(sample, sample.caption.text) for sample in samples]
 
     def losses(self, batch: Sequence[Drawing]) -> dict[str, Tensor]:
         """Of the codes, and of `<img>` after the caption."""
@@ -159,9 +193,7 @@ class TextToImage(Task[Drawing]):
         before = len(context.prefixes.lengths)
         prefixes = context.prefixes.get([one.prompt for one in batch], ahead=self.ahead())
         self.read = sum(context.flops.read_text(length) for length in context.prefixes.lengths[before:])
-        states_ND, targets_N = text_to_image_states(
-            context.transformer, context.stack([one.codes for one in batch]), prefixes
-        )
+        states_ND, targets_N = self._states(batch, prefixes)
         found = token_loss(states_ND, context.transformer.visual_table, targets_N, z_loss=config.z_loss)
         begin = begin_image_loss(context.transformer, prefixes)
         return {
@@ -171,6 +203,10 @@ class TextToImage(Task[Drawing]):
             "logit_norm": found.logit_norm,
         }
 
+    def _states(self, batch: Sequence[Drawing], prefixes: Sequence[Prefix]) -> tuple[Tensor, Tensor]:
+        codes_BRC = self.context.stack([one.codes for one in batch])
+        return text_to_image_states(self.context.transformer, codes_BRC, prefixes)
+
     def targets(self, batch: Sequence[Drawing]) -> int:
         """Codes."""
         return sum(one.codes.numel() for one in batch)
@@ -179,7 +215,7 @@ class TextToImage(Task[Drawing]):
         """Captions count where they were read."""
         count = self.context.flops
         drawn = sum(
-            count.train_text_to_image(caption=len(one.prompt), codes=one.codes.numel())
+            count.train_text_to_image(caption=len(one.prompt), codes=one.codes.numel(), low=one.read)
             - count.read_text(len(one.prompt))
             for one in batch
         )
@@ -193,9 +229,26 @@ class TopRows(TextToImage):
 
     def size(self) -> tuple[int, int | None]:
         """As many codes as a step of whole pictures has, where these have the first grid."""
-        config, height = self.context.config, self.context.loader.grids[0][0]
+        config, height = self.context.config, self.context.height
         rows = min(config.top_rows, height)
         return config.batch_size * height // rows, rows
+
+
+class Upscale(TextToImage):
+    """Draws a picture again, larger, after its caption and its smaller codes: the next K codes at once (ours)."""
+
+    name = "upscale"
+
+    def _example(self, sample: Sample, text: str, *, rows: int | None = None) -> Refining:
+        assert sample.low is not None
+        assert rows is None
+        return Refining(codes=sample.codes, low=sample.low, prompt=self._prompt(text))
+
+    def _states(self, batch: Sequence[Drawing], prefixes: Sequence[Prefix]) -> tuple[Tensor, Tensor]:
+        context = self.context
+        low_BRC = context.stack([one.low for one in batch if isinstance(one, Refining)])
+        high_BRC = context.stack([one.codes for one in batch])
+        return upscale_states(context.transformer, low_BRC, high_BRC, prefixes, side=context.config.upscale.side)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +280,7 @@ class Captioning(Task[Reading]):
             ranks=context.process.world,
         )
         return [
-            Reading(codes=one.codes, hint=self._hint(one.caption), caption=context.encode(one.caption.text))
+            Reading(codes=_small(one), hint=self._hint(one.caption), caption=context.encode(one.caption.text))
             for one in samples
         ]
 
@@ -284,6 +337,7 @@ class TaskMix:
             "text_to_image": lambda: TextToImage(context, ahead=self.prompts_ahead),
             "top_rows": lambda: TopRows(context, ahead=self.prompts_ahead),
             "captioning": lambda: Captioning(context),
+            "upscale": lambda: Upscale(context, ahead=self.prompts_ahead),
         }
         for name in shares:
             if name not in known:
