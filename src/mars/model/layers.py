@@ -3,7 +3,7 @@
 Letters: B batch, T positions, S keys, D width, H query heads, G key/value heads, E head width, F feed-forward width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -108,24 +108,24 @@ class Expert(nn.Module):
         self.down_proj = Linear(ffn, width, bias=False)
 
     def forward(
-        self, x_BTD: Tensor, attention: Attention, *, norms: "Expert", output: nn.Module
+        self, x_BTD: Tensor, attention: Attention, *, norms: Mapping[str, Norm], output: nn.Module
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Runs one segment's positions.
 
         Args:
-            norms: the expert whose norms are used, `output` the projection behind attention: either may be shared.
+            norms: those on the way, by name; they and `output`, the projection behind attention, may be another's.
 
         Returns:
             hidden states (B, T, D), and the keys and values (B, G, T, E) that attention was given. Gradients of later
             segments come back through these two, which FSDP must be told (training/distributed.py).
         """
-        q, k, v = self.project(norms.attention_norm(x_BTD))
-        if self.head_norms:
-            q, k, v = self.q_norm(q), self.k_norm(k), self.v_norm(v)
-        elif hasattr(norms, "q_norm"):
-            q, k = norms.q_norm(q), norms.k_norm(k)
+        q, k, v = self.project(norms["attention_norm"](x_BTD))
+        if "q_norm" in norms:
+            q, k = norms["q_norm"](q), norms["k_norm"](k)
+        if "v_norm" in norms:
+            v = norms["v_norm"](v)
         x_BTD = x_BTD + output(attention(q, k, v))
-        return x_BTD + self.feed_forward(norms.ffn_norm(x_BTD)), k, v
+        return x_BTD + self.feed_forward(norms["ffn_norm"](x_BTD)), k, v
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, E), keys and values (B, G, T, E) of normalised input, not yet rotated."""

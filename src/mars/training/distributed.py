@@ -13,6 +13,7 @@ trained: frozen units are gathered only, they have no gradients to sum and no op
 """
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -37,6 +38,9 @@ from mars.training.process import Process
 T = TypeVar("T")
 LOCAL = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process."""
+SETTLING = 0.5
+"""Seconds for Gloo's threads to let go of the tensors of the last messages: a thread that still does when Python ends
+aborts the process (seen in one run of ten on a busy machine)."""
 
 
 @contextmanager
@@ -58,8 +62,9 @@ def join(device: torch.device) -> Iterator[Process]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     yield ShardedProcess(device)
-    dist.barrier()
-    dist.destroy_process_group()  # not after an error: the others may be waiting for this one, and torchrun ends them
+    dist.barrier()  # not after an error: the others may never come here, and torchrun ends them
+    time.sleep(SETTLING)
+    dist.destroy_process_group()
 
 
 class ShardedProcess(Process):
