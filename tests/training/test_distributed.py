@@ -13,16 +13,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mars.checkpoint import load_model
 from mars.config import from_dict
 from mars.errors import CheckpointError, ConfigError, TrainingError
-from mars.model.transformer import is_language
+from mars.model.transformer import MarsTransformer, is_language, read_prefixes
+from mars.sequence.layout import drawn_image, read_image, text_segment
+from mars.training.cross_entropy import token_loss
 from mars.training.distributed import ShardedProcess, join
+from mars.training.losses import captioning_loss
 from mars.training.process import Process
 from mars.training.stages import StageConfig
 from mars.training.trainer import Trainer
+from mars.training.upscale import upscale_loss
 
 Stage = Callable[..., dict[str, Any]]
 ADAMW = {"name": "adamw", "learning_rate": 3e-3, "warmup": 2}
@@ -78,6 +83,51 @@ def test_sharding_changes_no_loss(
     assert len({frozenset(losses) for losses in wanted}) == 2  # both tasks occurred
     trainer = start(table, process)
     assert close(steps(trainer, 8), wanted)
+
+
+CODES = torch.arange(24).view(4, 2, 3)
+
+
+def caption(transformer: MarsTransformer) -> Tensor:
+    """Nothing but keys and values leads back to the last visual expert."""
+    captions = [[70, 71, 72], [80], [3, 4, 5, 6], [2]]
+    return captioning_loss(transformer, CODES, captions, hints=[[9]] * 4, end=2)
+
+
+def edit(transformer: MarsTransformer) -> Tensor:
+    """Image, text, image: both experts run with a graph, one of them twice."""
+    cache = transformer.new_cache()
+    transformer(read_image(CODES, transformer.vocabulary), cache)
+    transformer(text_segment([[1, 5, 6]] * 4), cache)
+    segment = drawn_image(CODES.flip(0), transformer.vocabulary)
+    hidden = transformer(segment, cache)
+    assert segment.targets is not None
+    targets = segment.targets - transformer.vocabulary.first_code
+    return token_loss(hidden.flatten(0, 1), transformer.visual_table, targets.flatten()).loss
+
+
+def upscale(transformer: MarsTransformer) -> Tensor:
+    """Text without a graph, then two images."""
+    prefixes = read_prefixes(transformer, [[1, 5], [1], [1, 2, 3], [1]])
+    return upscale_loss(transformer, CODES, torch.arange(96).view(4, 4, 6) % 64, prefixes, side=2)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("loss", [caption, edit, upscale])
+def test_gradients_come_back_through_every_layout(
+    stage: Stage, process: ShardedProcess, loss: Callable[[MarsTransformer], Tensor], recompute: bool
+) -> None:
+    table = stage(recompute=recompute)
+    table["model"]["semvie"] = SEMVIE | {"low_input": True}
+    plain, sharded = start(table), start(table, process)
+    loss(plain.transformer).backward()
+    with process.synchronizing(sharded.transformer, last=True):
+        loss(sharded.transformer).backward()
+    wanted = {name: weight.grad for name, weight in plain.weights.items() if weight.grad is not None}
+    found = process.whole({name: weight.grad for name, weight in sharded.weights.items() if weight.grad is not None})
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_frozen_weights_have_no_gradients_and_no_state(stage: Stage, process: ShardedProcess) -> None:
