@@ -125,6 +125,7 @@ def test_every_configuration_that_comes_along_loads(path: Path) -> None:
 
 def test_the_codes_that_come_along_are_those_of_the_image_tokenizer_that_does() -> None:
     config = load_config(StageConfig, ROOT / "configs" / "mini-pretrain.toml")
+    assert config.model.image_tokenizer is not None
     tokenizer, _ = load_image_tokenizer(ROOT / config.model.image_tokenizer)
     for shard in config.data.shards:
         coded, digest = read_codes(ROOT / shard)
