@@ -85,3 +85,28 @@ def test_a_caption_leaves_the_same_prefix_whatever_is_read_beside_it() -> None:
     together = fresh.get(rows)
     for row, wanted in zip(rows, together, strict=True):
         assert torch.equal(resumed.get([row])[0].keys, wanted.keys)
+
+
+def test_processes_that_share_weights_read_equally_often(
+    transformer: MarsTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And they agree before they read: each read needs all of them."""
+    events: list[int | str] = []
+    forward = transformer.forward
+
+    def noted(*arguments: Any) -> Tensor:
+        events.append("read")
+        return forward(*arguments)
+
+    monkeypatch.setattr(transformer, "forward", noted)
+
+    def most(own: int) -> int:
+        events.append(own)
+        return 3
+
+    store = PrefixStore(transformer, gib=1, most=most)
+    store.get(ROWS)
+    assert events == [1, "read", "read", "read"]
+    events.clear()
+    store.get(ROWS)
+    assert events == [0, "read", "read", "read"]

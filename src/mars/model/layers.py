@@ -3,7 +3,7 @@
 Letters: B batch, T positions, S keys, D width, H query heads, G key/value heads, E head width, F feed-forward width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -77,6 +77,10 @@ def attend(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None) 
     return mixed.transpose(1, 2).flatten(2)
 
 
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values of the new positions, heads apart and not yet rotated, to (B, T, H * E)."""
+
+
 class Expert(nn.Module):
     """One modality's weights of one layer; norms and the output projection may belong to the other expert."""
 
@@ -113,6 +117,26 @@ class Expert(nn.Module):
         self.gate_proj = Linear(width, ffn, bias=False)
         self.up_proj = Linear(width, ffn, bias=False)
         self.down_proj = Linear(ffn, width, bias=False)
+
+    def forward(
+        self, x_BTD: Tensor, attention: Attention, *, norms: Mapping[str, Norm], output: nn.Module
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs one segment's positions.
+
+        Args:
+            norms: those on the way, by name; they and `output`, the projection behind attention, may be another's.
+
+        Returns:
+            hidden states (B, T, D), and the keys and values (B, G, T, E) that attention was given. Gradients of later
+            segments come back through these two, which FSDP must be told (training/distributed.py).
+        """
+        q, k, v = self.project(norms["attention_norm"](x_BTD))
+        if "q_norm" in norms:
+            q, k = norms["q_norm"](q), norms["k_norm"](k)
+        if "v_norm" in norms:
+            v = norms["v_norm"](v)
+        x_BTD = x_BTD + output(attention(q, k, v))
+        return x_BTD + self.feed_forward(norms["ffn_norm"](x_BTD)), k, v
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, E), keys and values (B, G, T, E) of normalised input, not yet rotated."""

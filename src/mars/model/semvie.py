@@ -54,16 +54,27 @@ class SemVIELayer(nn.Module):
         if modality is Modality.IMAGE and self.visual is None:
             return x_BTD
         expert = self.expert(modality)
-        norms = self.norms_of(expert)
-        q, k, v = expert.project(norms["attention_norm"](x_BTD))
-        if "q_norm" in norms:
-            q, k = norms["q_norm"](q), norms["k_norm"](k)
-        if "v_norm" in norms:
-            v = norms["v_norm"](v)
-        keys, values = cache.extend(self.index, rotate(k, rotary), v)
-        mixed = attend(rotate(q, rotary), keys, values, mask)
-        x_BTD = x_BTD + self.output_of(expert)(mixed)
-        return x_BTD + expert.feed_forward(norms["ffn_norm"](x_BTD))
+
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = cache.extend(self.index, rotate(k, rotary), v)
+            return attend(rotate(q, rotary), keys, values, mask)
+
+        x_BTD, _, _ = expert(x_BTD, attention, norms=self.norms_of(expert), output=self.output_of(expert))
+        return x_BTD
+
+    def alone(
+        self,
+        x_BTD: Tensor,
+        keys: Tensor | None,
+        values: Tensor | None,
+        modality: Modality,
+        rotary: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The same as a function of tensors alone: keys and values so far go in, and come out with the segment's."""
+        cache = LayerCache(keys, values)
+        x_BTD = self(x_BTD, modality, cache=cache, rotary=rotary, mask=mask)
+        return x_BTD, cache.keys, cache.values
 
     def expert(self, modality: Modality) -> Expert:
         """Whose weights work on a modality."""
@@ -82,17 +93,3 @@ class SemVIELayer(nn.Module):
     def output_of(self, expert: Expert) -> nn.Module:
         """Attention's output projection for an expert: its own or the language expert's."""
         return expert.o_proj if hasattr(expert, "o_proj") else self.language.o_proj
-
-    def alone(
-        self,
-        x_BTD: Tensor,
-        keys: Tensor | None,
-        values: Tensor | None,
-        modality: Modality,
-        rotary: Tensor,
-        mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The same as a function of tensors alone: keys and values so far go in, and come out with the segment's."""
-        cache = LayerCache(keys, values)
-        x_BTD = self(x_BTD, modality, cache=cache, rotary=rotary, mask=mask)
-        return x_BTD, cache.keys, cache.values

@@ -1,6 +1,6 @@
 """Keys and values of captions, remembered: while nothing visual is in the cache, they depend on nothing trained."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 
 import torch
@@ -17,10 +17,12 @@ class PrefixStore:
 
     Args:
         gib: memory to use; those not asked for the longest are forgotten first.
+        most: the largest of the numbers that processes have, which must all read as often where they share weights.
     """
 
-    def __init__(self, transformer: MarsTransformer, *, gib: float) -> None:
+    def __init__(self, transformer: MarsTransformer, *, gib: float, most: Callable[[int], int] = int) -> None:
         self.transformer = transformer
+        self.most = most
         self.limit = int(gib * 2**30)
         self.held = 0
         self.prefixes: dict[tuple[int, ...], Prefix] = {}
@@ -38,8 +40,7 @@ class PrefixStore:
         keys = [tuple(row) for row in rows]
         found = {key: self.prefixes[key] for key in keys if key in self.prefixes}
         missing = {key for key in keys if key not in found}
-        if missing:
-            found |= self._read_all(missing | self._soon(ahead))
+        found |= self._read_all(missing | self._soon(ahead) if missing else set())
         for key in found:
             if key in self.prefixes:
                 del self.prefixes[key]
@@ -66,11 +67,16 @@ class PrefixStore:
         return soon
 
     def _read_all(self, rows: set[tuple[int, ...]]) -> dict[tuple[int, ...], Prefix]:
-        found: dict[tuple[int, ...], Prefix] = {}
+        batches: list[list[tuple[int, ...]]] = []
         for _, group in groupby(sorted(rows, key=lambda row: (len(row), row)), key=_padded):
             rest = list(group)
-            for start in range(0, len(rest), ROWS):
-                found |= self._read(rest[start : start + ROWS])
+            batches += [rest[start : start + ROWS] for start in range(0, len(rest), ROWS)]
+        found: dict[tuple[int, ...], Prefix] = {}
+        others = self.most(len(batches)) - len(batches)
+        for batch in batches:
+            found |= self._read(batch)
+        for _ in range(others):
+            read_prefixes(self.transformer, [[0]])
         return found
 
     def _read(self, rows: list[tuple[int, ...]]) -> dict[tuple[int, ...], Prefix]:

@@ -54,7 +54,7 @@ class TaskContext:
     @cached_property
     def prefixes(self) -> PrefixStore:
         """Keys and values of captions."""
-        return PrefixStore(self.transformer, gib=self.config.prefix_gib)
+        return PrefixStore(self.transformer, gib=self.config.prefix_gib, most=self.process.most)
 
     @cached_property
     def flops(self) -> FlopCount:

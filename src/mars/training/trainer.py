@@ -63,7 +63,7 @@ class Trainer:
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         opened = open_stage(config, notify=notify)
         self.info, self.image_tokenizer, self.transformer = opened.info, opened.image_tokenizer, opened.transformer
-        self.process.place(self.transformer)
+        self.process.place(self.transformer, dtype=self.dtype)
         self.transformer.recompute = config.recompute
         if config.compile:
             self.transformer.compile_layers()
@@ -135,7 +135,9 @@ class Trainer:
             self.meter.add(values)
             self.since_save.add(values)
             if self.step % config.report_every == 0:
-                means = self.meter.means() | pace.per_second() | {"memory_gib": peak_memory(self.process.device)}
+                speed = self.process.sum(pace.per_second())
+                speed["mfu"] /= self.process.world
+                means = self.meter.means() | speed | {"memory_gib": peak_memory(self.process.device)}
                 self.meter = Meter()
                 if log is not None:
                     log.write(self.step, means)
