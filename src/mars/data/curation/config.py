@@ -1,6 +1,5 @@
 """What a curated set must hold, as data."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -75,14 +74,14 @@ class ScorerConfig:
     """`module:Class`."""
     options: dict[str, str | bool | int | float] = field(default_factory=dict)
     """Arguments of the class."""
-    least: float = -math.inf
-    most: float = math.inf
+    least: float | None = None
+    most: float | None = None
 
     def __post_init__(self) -> None:
         module, colon, name = self.scorer.partition(":")
         if not (module and colon and name):
             raise ConfigError(f"a scorer must be named module:Class, got {self.scorer!r}")
-        if self.least > self.most:
+        if self.least is not None and self.most is not None and self.least > self.most:
             raise ConfigError(f"{self.scorer} cannot have least {self.least} above most {self.most}")
 
 
