@@ -4,9 +4,11 @@ Knows nothing of other pictures (`duplicates`) and nothing of files.
 """
 
 import io
+import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Self
 
 from PIL import Image
 
@@ -37,7 +39,7 @@ class CaptionChange:
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """What was found of one picture; JSON-ready through `to_dict`, and back through `from_dict`."""
+    """What was found of one picture."""
 
     key: str
     source: str
@@ -58,6 +60,19 @@ class Judgement:
     colours: str = ""
     """96 hex digits."""
     scores: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """One line; `from_json` is its inverse."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> Self:
+        """The judgement of a line."""
+        row = json.loads(line)
+        for name in ("stays", "languages", "lengths"):
+            row[name] = tuple(row[name])
+        row["changes"] = tuple(CaptionChange(**change) for change in row["changes"])
+        return cls(**row)
 
 
 def kept_captions(record: Record, judgement: Judgement) -> tuple[Caption, ...]:
