@@ -203,7 +203,7 @@ def tiny_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         record = Record(
             key=f"k{index}", concept=f"c{index}", style="s", split=split, source="t", licence="CC0", captions=captions
         )
-        return Picture(record=record, png=png.getvalue())
+        return Picture(record=record, content=png.getvalue())
 
     path = tmp_path_factory.mktemp("pictures") / "tiny.tar"
     write_pictures(path, map(picture, range(32)))
