@@ -22,7 +22,9 @@ class SizeRules:
         if self.least_side < 1 or self.most_pixels < 1:
             raise ConfigError("size.least_side and size.most_pixels must be at least 1")
         if self.most_aspect < 1:
-            raise ConfigError(f"size.most_aspect is the longer side over the shorter, at least 1, got {self.most_aspect}")
+            raise ConfigError(
+                f"size.most_aspect is the longer side over the shorter, at least 1, got {self.most_aspect}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,4 +96,4 @@ class CurationConfig:
     duplicates: DuplicateRules = field(default_factory=DuplicateRules)
     scorers: tuple[ScorerConfig, ...] = ()
     remove: tuple[Path, ...] = ()
-    """Lists of what must go, one entry a line: a key, URL, SHA-256 of the file, or perceptual hash; # begins a remark."""
+    """Lists of what must go, one entry a line: a key, a URL, the SHA-256 of a file, or a perceptual hash."""

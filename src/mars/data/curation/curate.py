@@ -28,7 +28,7 @@ from mars.data.curation.duplicates import CELLS, nearest_kept
 from mars.data.curation.report import Report, write_report
 from mars.data.curation.rules import DUPLICATE, Judge, Judgement, kept_captions
 from mars.data.shard_folder import ShardFolder
-from mars.data.shards import read_pictures, shard_paths
+from mars.data.shards import INDEX, read_pictures, shard_paths
 from mars.errors import DataError
 from mars.files import whole_file
 
@@ -39,13 +39,13 @@ BATCH = 32
 
 
 def curate(
-    source: Path, *, out: Path, config: CurationConfig, progress: Callable[[int], None] | None = None
+    source: Path, *, out: Path, config: CurationConfig, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
     """Writes the pictures of a set that pass every rule to `out`, or goes on with it; returns the report.
 
     Args:
         source: a folder of shards, or one shard.
-        progress: called with how many pictures were judged.
+        progress: called with how many pictures were judged, and how many there are.
 
     Raises:
         ConfigError: if a scorer cannot be opened.
@@ -85,6 +85,13 @@ def _digest(source: Path) -> str:
     return whole.hexdigest()
 
 
+def _count(source: Path) -> int:
+    """How many pictures a set holds."""
+    if source.is_dir():
+        return int(json.loads((source / INDEX).read_text("utf-8"))["pictures"])
+    return sum(1 for _ in read_pictures(source))
+
+
 def _settings(config: CurationConfig) -> dict[str, Any]:
     """What decides the result; lists by their content, so that a longer one is not taken for the same."""
     table = to_dict(config)
@@ -95,22 +102,21 @@ def _settings(config: CurationConfig) -> dict[str, Any]:
     return table
 
 
-def _judge(
-    folder: Path, *, source: Path, config: CurationConfig, progress: Callable[[int], None] | None
-) -> None:
+def _judge(folder: Path, *, source: Path, config: CurationConfig, progress: Callable[[int, int], None] | None) -> None:
     """The first pass: files of CHUNK judgements, each of which appears whole, and `all` when there are no more."""
     if (folder / "all").is_file():
         return
     chunk = len(list(folder.glob("*.jsonl")))
     judge, pictures = Judge(config), islice(read_pictures(source), chunk * CHUNK, None)
+    total = _count(source) if progress is not None else 0
     while batch := list(islice(pictures, BATCH)):
-        lines = []
+        lines: list[str] = []
         while batch:
             lines += [judgement.to_json() + "\n" for judgement in judge.judge(batch)]
             batch = list(islice(pictures, min(BATCH, CHUNK - len(lines))))
         _put(folder / f"{chunk:06d}.jsonl", "".join(lines))
         if progress is not None:
-            progress(chunk * CHUNK + len(lines))
+            progress(chunk * CHUNK + len(lines), total)
         chunk += 1
     _put(folder / "all", "")
 

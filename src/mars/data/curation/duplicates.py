@@ -80,8 +80,8 @@ def nearest_kept(
 ) -> npt.NDArray[np.int64]:
     """For each of N pictures the one that it duplicates, or -1 where it is kept.
 
-    Pictures are taken in `order`, best first: one is kept unless it is near one that was kept before. So no two that are
-    kept are near each other, and each that is dropped is near a better one.
+    Pictures are taken in `order`, best first: one is kept unless it is near one that was kept before. So no two
+    that are kept are near each other, and each that is dropped is near a better one.
 
     Args:
         hashes: (N,).

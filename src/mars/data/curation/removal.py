@@ -59,4 +59,7 @@ def _lines(file: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} must be a list of what to remove, one entry a line, got: {error}") from None
     entries = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    return [entry.lower() if _SHA256.fullmatch(entry.lower()) or _HASH.fullmatch(entry.lower()) else entry for entry in entries]
+    return [
+        entry.lower() if _SHA256.fullmatch(entry.lower()) or _HASH.fullmatch(entry.lower()) else entry
+        for entry in entries
+    ]

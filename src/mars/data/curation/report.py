@@ -128,7 +128,9 @@ def _sheets(report: Report, source: Path) -> dict[str, list[dict[str, str]]]:
             continue
         rule, value = wanted[record.key]
         captions = " | ".join(caption.text for caption in record.captions)
-        sheets[rule].append({"key": record.key, "value": value, "captions": captions, "url": _thumbnail(picture.content)})
+        sheets[rule].append(
+            {"key": record.key, "value": value, "captions": captions, "url": _thumbnail(picture.content)}
+        )
         missing -= 1
         if not missing:
             break

@@ -210,5 +210,3 @@ def _change(caption: Caption, rules: CaptionRules) -> CaptionChange | None:
     if language != caption.language:
         return CaptionChange(text=caption.text, rule=LANGUAGE, value=f"is {language}", language=language)
     return None
-
-
