@@ -46,11 +46,11 @@ class _Attention(nn.Module):
         self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x_BTD: Tensor, *, causal: bool) -> Tensor:
-        split = [
+        q_BHTE, k_BHTE, v_BHTE = (
             linear(x_BTD).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
-        ]
-        seen = F.scaled_dot_product_attention(*split, is_causal=causal)
+        )
+        seen = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, is_causal=causal)
         mixed: Tensor = self.out_proj(seen.transpose(1, 2).flatten(2))
         return mixed
 
@@ -101,8 +101,8 @@ class _Text(nn.Module):
         self.final_layer_norm = nn.LayerNorm(width, eps=shape["layer_norm_eps"])
 
     def forward(self, ids_BT: Tensor, ends_B: Tensor) -> Tensor:
-        x_BTD = self.embeddings["token_embedding"](ids_BT)
-        x_BTD = x_BTD + self.embeddings["position_embedding"].weight[: ids_BT.shape[1]]
+        places = self.embeddings["position_embedding"](torch.arange(ids_BT.shape[1]))
+        x_BTD: Tensor = self.embeddings["token_embedding"](ids_BT) + places
         x_BTD = self.final_layer_norm(self.encoder(x_BTD, causal=True))
         return x_BTD[torch.arange(len(ends_B)), ends_B]
 
@@ -155,8 +155,7 @@ class Clip(nn.Module):
             self.visual_projection = nn.Linear(vision["hidden_size"], width, bias=False)
             self.logit_scale = nn.Parameter(torch.tensor(0.0))
             self.side, self.context = int(vision["image_size"]), int(text["max_position_embeddings"])
-            self.register_buffer("mean", torch.tensor(seen["image_mean"]).view(3, 1, 1), persistent=False)
-            self.register_buffer("deviation", torch.tensor(seen["image_std"]).view(3, 1, 1), persistent=False)
+            self.mean, self.deviation = (torch.tensor(seen[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
         except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
             raise ModelError(f"{folder} must hold a CLIP model: its configuration lacks or misuses {error}") from None
         try:

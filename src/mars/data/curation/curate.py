@@ -27,8 +27,9 @@ from mars.data.curation.config import CurationConfig, DuplicateRules
 from mars.data.curation.duplicates import CELLS, nearest_kept
 from mars.data.curation.report import Report, write_report
 from mars.data.curation.rules import DUPLICATE, Judge, Judgement, kept_captions
+from mars.data.picture_set import set_digest, set_size
 from mars.data.shard_folder import ShardFolder
-from mars.data.shards import INDEX, read_pictures, shard_paths
+from mars.data.shards import read_pictures
 from mars.errors import DataError
 from mars.files import whole_file
 
@@ -54,7 +55,7 @@ def curate(
     out = out.expanduser().resolve()
     if out == source.expanduser().resolve():
         raise DataError(f"{out} cannot be curated onto itself; name another folder")
-    settings = {"command": "curate", "source": _digest(source), **_settings(config)}
+    settings = {"command": "curate", "source": set_digest(source), **_settings(config)}
     with ShardFolder(out, settings=settings, journals=("dropped", "captions")) as folder:
         judged = out / "judged"
         if not folder.finished:
@@ -69,27 +70,6 @@ def curate(
         shutil.rmtree(judged, ignore_errors=True)
     found: dict[str, Any] = json.loads((out / "report.json").read_text("utf-8"))
     return found
-
-
-def _digest(source: Path) -> str:
-    """Of what is in a set: SHA-256 over those of its shards, which its folder keeps."""
-    whole = hashlib.sha256()
-    for shard in shard_paths(source):
-        described = shard.with_suffix(".json")
-        if source.is_dir() and described.is_file():
-            digest = json.loads(described.read_text("utf-8"))["sha256"]
-        else:
-            with shard.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        whole.update(digest.encode())
-    return whole.hexdigest()
-
-
-def _count(source: Path) -> int:
-    """How many pictures a set holds."""
-    if source.is_dir():
-        return int(json.loads((source / INDEX).read_text("utf-8"))["pictures"])
-    return sum(1 for _ in read_pictures(source))
 
 
 def _settings(config: CurationConfig) -> dict[str, Any]:
@@ -108,7 +88,7 @@ def _judge(folder: Path, *, source: Path, config: CurationConfig, progress: Call
         return
     chunk = len(list(folder.glob("*.jsonl")))
     judge, pictures = Judge(config), islice(read_pictures(source), chunk * CHUNK, None)
-    total = _count(source) if progress is not None else 0
+    total = set_size(source) if progress is not None else 0
     while batch := list(islice(pictures, BATCH)):
         lines: list[str] = []
         while batch:

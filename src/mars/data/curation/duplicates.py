@@ -63,7 +63,8 @@ class HammingIndex:
             buckets.append(order[first:last] for first, last in zip(starts[values], starts[values + 1], strict=True))
         found = np.unique(np.concatenate(list(chain.from_iterable(buckets)))).astype(np.int64)
         differing = np.bitwise_count(self.hashes[found] ^ np.uint64(wanted))
-        return found[differing <= self.distance]
+        near: npt.NDArray[np.int64] = found[differing <= self.distance]
+        return near
 
 
 def _band(hashes: npt.NDArray[np.uint64], band: int) -> npt.NDArray[np.uint16]:
