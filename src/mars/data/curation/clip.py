@@ -148,7 +148,7 @@ class Clip(nn.Module):
         super().__init__()
         config, seen = _json(folder / "config.json"), _json(folder / "preprocessor_config.json")
         try:
-            text, vision = {**_TEXT, **config.get("text_config", {})}, {**_VISION, **config.get("vision_config", {})}
+            text, vision = {**_TEXT, **config["text_config"]}, {**_VISION, **config["vision_config"]}
             width = config.get("projection_dim", 512)
             self.text_model, self.vision_model = _Text(text), _Vision(vision)
             self.text_projection = nn.Linear(text["hidden_size"], width, bias=False)
