@@ -22,7 +22,7 @@ def test_the_defaults_are_a_configuration() -> None:
         ({"captions": {"length": {"en": [5, 2]}}}, "captions.length.en"),
         ({"captions": {"mislabelled": "keep"}}, "captions.mislabelled"),
         ({"captions": {"required": -1}}, "captions.required"),
-        ({"duplicates": {"distance": 16}}, "duplicates.distance"),
+        ({"duplicates": {"distance": 12}}, "duplicates.distance"),
         ({"duplicates": {"colour": 256}}, "duplicates.colour"),
         ({"scorers": [{"scorer": "Sharpness"}]}, "module:Class"),
         ({"scorers": [{"scorer": "a:B", "least": 2, "most": 1}]}, "above most"),

@@ -10,7 +10,7 @@ from tests.data.conftest import art
 
 from mars.data.curation.duplicates import CELLS, HammingIndex, colours, nearest_kept, perceptual_hash
 
-Hashes = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=20)
+Hashes = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=8)
 
 
 def near_hashes(some: list[int], flips: list[int]) -> np.ndarray:
@@ -22,7 +22,7 @@ def bits(*places: int) -> int:
     return sum(1 << place for place in set(places))
 
 
-Flips = st.lists(st.lists(st.integers(0, 63), max_size=10).map(lambda places: bits(*places)), max_size=20)
+Flips = st.lists(st.lists(st.integers(0, 63), max_size=12).map(lambda places: bits(*places)), max_size=8)
 
 
 def test_the_hash_is_that_of_imagehash() -> None:
@@ -60,7 +60,7 @@ def test_colour_tells_pictures_of_one_shape_apart() -> None:
     assert nearest_kept(hashes, thumbnails, order=order, distance=4, colour=255).tolist() == [-1, 0]
 
 
-@given(Hashes, Flips, st.integers(0, 15), st.integers(0, 2**64 - 1))
+@given(Hashes, Flips, st.integers(0, 11), st.integers(0, 2**64 - 1))
 def test_the_index_finds_what_a_look_at_all_finds(some: list[int], flips: list[int], distance: int, other: int) -> None:
     hashes = near_hashes(some, flips)
     index = HammingIndex(hashes, distance=distance)

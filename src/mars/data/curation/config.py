@@ -6,7 +6,8 @@ from typing import Literal
 
 from mars.errors import ConfigError
 
-MAX_DISTANCE = 15
+MAX_DISTANCE = 11
+"""Farther apart than that, pictures have little in common, and the search looks at most of them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,7 +89,7 @@ def _judge(folder: Path, *, source: Path, config: CurationConfig, progress: Call
     chunk = len(list(folder.glob("*.jsonl")))
     judge, pictures = Judge(config), islice(read_pictures(source), chunk * CHUNK, None)
     total = set_size(source) if progress is not None else 0
-    while batch := list(islice(pictures, BATCH)):
+    while batch := list(islice(pictures, min(BATCH, CHUNK))):
         lines: list[str] = []
         while batch:
             lines += [judgement.to_json() + "\n" for judgement in judge.judge(batch)]

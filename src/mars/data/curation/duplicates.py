@@ -3,8 +3,6 @@
 The hash sees shapes and no colour: a red heart has the hash of a blue one. The thumbnail tells them apart.
 """
 
-from itertools import chain
-
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -60,8 +58,8 @@ class HammingIndex:
         buckets = []
         for band, (order, starts) in enumerate(self._tables):
             values = self._flips ^ (wanted >> (BAND_BITS * band) & (1 << BAND_BITS) - 1)
-            buckets.append(order[first:last] for first, last in zip(starts[values], starts[values + 1], strict=True))
-        found = np.unique(np.concatenate(list(chain.from_iterable(buckets)))).astype(np.int64)
+            buckets += [order[first:last] for first, last in zip(starts[values], starts[values + 1], strict=True)]
+        found = np.unique(np.concatenate(buckets)).astype(np.int64)
         differing = np.bitwise_count(self.hashes[found] ^ np.uint64(wanted))
         near: npt.NDArray[np.int64] = found[differing <= self.distance]
         return near
