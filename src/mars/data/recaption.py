@@ -191,7 +191,9 @@ class _Run:
         self.folder, self.captioner, self.languages, self.answers = folder, captioner, languages, answers
         self.done = Recaptioned()
         self._slots = asyncio.Semaphore(captioner.at_once)
-        self._unanswered = 0
+        self._unanswered: list[str] = []
+        """Reasons, of the last pictures in a row."""
+        self._answered = False
 
     async def all(self, source: Path, progress: Callable[[int], object]) -> None:
         """Every picture behind what the folder holds."""
@@ -205,6 +207,8 @@ class _Run:
                     progress(place)
             while waiting:
                 await self._write(*waiting.popleft())
+            if self._unanswered and not self._answered:  # a set of a few pictures: it was never there
+                self._give_up()
         finally:
             for *_, task in waiting:
                 task.cancel()
@@ -213,17 +217,21 @@ class _Run:
 
     async def _write(self, place: int, picture: Picture, task: asyncio.Task[_Found]) -> None:
         found, record = await task, picture.record
-        self._unanswered = 0 if found.answered else self._unanswered + 1
-        if self._unanswered >= GIVE_UP:
-            raise DataError(
-                f"{self.captioner.name} did not answer for {GIVE_UP} pictures in a row ({found.faults[-1][1]}); "
-                "what was written is whole: run the same command again when it is back"
-            )
+        self._answered = self._answered or found.answered
+        self._unanswered = [] if found.answered else [*self._unanswered, found.faults[-1][1]]
+        if len(self._unanswered) >= GIVE_UP:
+            self._give_up()
         for language, fault in found.faults:
             note = {"source": record.source, "key": record.key, "language": language, "reason": fault}
             self.folder.note("quarantine", note)
         captions = (*record.captions, *found.captions)
         self.folder.add(replace(picture, record=replace(record, captions=captions)), consumed=place + 1)
+
+    def _give_up(self) -> None:
+        raise DataError(
+            f"{self.captioner.name} did not answer for {len(self._unanswered)} pictures in a row "
+            f"({self._unanswered[-1]}); what was written is whole: run the same command again when it is back"
+        )
 
     async def _captions(self, picture: Picture) -> _Found:
         """New captions in the languages that lack one."""
