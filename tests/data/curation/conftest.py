@@ -1,7 +1,5 @@
 """Picture sets to curate."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -10,6 +8,8 @@ import pytest
 from PIL import Image
 from tests.data.conftest import SpoiledFolder, art, encoded
 
+from mars.data.ingestion.ingest import ingest
+from mars.data.ingestion.records import CaptionColumn, Columns
 from mars.data.shard_folder import ShardFolder
 from mars.data.shards import Caption, Picture, Record
 
@@ -56,32 +56,14 @@ def write_set() -> Callable[[Path, Iterable[Picture]], Path]:
 
 
 @pytest.fixture(scope="session")
-def spoiled_set(
-    spoiled_folder: SpoiledFolder, tmp_path_factory: pytest.TempPathFactory, write_set: Callable[..., Path]
-) -> Path:
-    """What ingestion keeps of the spoiled folder, keys made of the names."""
-
-    def pictures() -> Iterable[Picture]:
-        for name in spoiled_folder.ingested:
-            path = spoiled_folder.path / name
-            fields = json.loads(path.with_suffix(".json").read_text("utf-8"))
-            captions = tuple(
-                Caption(text=fields[f"text_{language}"], language=language, kind="original")
-                for language in ("en", "zh")
-            )
-            record = Record(
-                key=hashlib.sha256(name.encode()).hexdigest()[:12],
-                concept="",
-                style="",
-                split="train",
-                source=name.split("/")[0],
-                licence="CC0-1.0",
-                captions=captions,
-                url=fields["url"],
-            )
-            yield Picture(record=record, content=path.read_bytes(), suffix=path.suffix[1:])  # type: ignore[arg-type]
-
-    return write_set(tmp_path_factory.mktemp("set") / "set", pictures())
+def spoiled_set(spoiled_folder: SpoiledFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ingestion keeps of the spoiled folder."""
+    columns = Columns(
+        captions=(CaptionColumn.parse("text_en:en"), CaptionColumn.parse("text_zh:zh")), licence="CC0-1.0"
+    )
+    folder = tmp_path_factory.mktemp("set") / "set"
+    ingest([spoiled_folder.path], out=folder, columns=columns, max_pictures=50)
+    return folder
 
 
 @pytest.fixture

@@ -26,10 +26,20 @@ def write_clip(folder: Path, *, activation: str) -> Path:
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(0)
-    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    text: dict[str, int | str] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
     text |= {"vocab_size": len(WORDS), "max_position_embeddings": CONTEXT, "hidden_act": activation}
     text |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    vision = {"hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 5}
+    vision: dict[str, int | str] = {
+        "hidden_size": 40,
+        "intermediate_size": 56,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 5,
+    }
     vision |= {"image_size": SIDE, "patch_size": 8, "hidden_act": activation}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
     for weight in model.parameters():  # larger than at the start of training, so that everything shows
