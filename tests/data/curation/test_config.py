@@ -1,8 +1,11 @@
+import re
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mars.config import from_dict, from_overrides, to_dict
+from mars.config import from_dict, from_overrides, load_config, to_dict
 from mars.data.curation.config import CurationConfig
 from mars.errors import ConfigError
 
@@ -33,3 +36,13 @@ def test_what_cannot_be_meant_is_refused(table: dict[str, Any], said: str) -> No
     with pytest.raises(ConfigError, match=said) as caught:
         from_dict(CurationConfig, table)
     assert "\n" not in str(caught.value)
+
+
+def test_the_shipped_configuration_is_right_with_its_commented_scorers_too() -> None:
+    path = Path(__file__).parents[3] / "configs" / "data" / "curate.toml"
+    config = load_config(CurationConfig, path)
+    assert config.size.least_side == 512
+    text = re.sub(r"^#   ", "", path.read_text("utf-8").partition("# With a CLIP")[2], flags=re.MULTILINE)
+    scorers = tomllib.loads("".join(line for line in text.splitlines(keepends=True) if re.match(r"\[|\w+ = ", line)))
+    found = from_dict(CurationConfig, scorers).scorers
+    assert [one.scorer.partition(":")[2] for one in found] == ["ClipScore", "ClipAesthetic"]
