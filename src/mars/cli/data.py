@@ -5,12 +5,15 @@ from typing import Annotated
 
 import typer
 
+from mars.cli.curation import curate, recaption
 from mars.cli.ingest import ingest
 from mars.cli.options import Debug
 from mars.cli.progress import bar
 
 data_app = typer.Typer(help="Make and encode picture sets.", no_args_is_help=True)
 data_app.command()(ingest)
+data_app.command()(curate)
+data_app.command()(recaption)
 
 
 @data_app.command()
