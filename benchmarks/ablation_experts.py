@@ -11,10 +11,10 @@ constant rate) and precision. Every step draws some pictures from their captions
 sum of both means. The pictures are the codes that come with the repository; their captions are short names, not the
 dense captions of the paper, and each picture is seen a few times at most.
 
-What is logged, per run in DIR/ARM-RATE.jsonl: both losses and the gradients' norm of every step, and every now and then
-on fixed held-out pictures both losses and the mean length of the logit vectors, and the loss of the bare LLM on a little
-English and Chinese text. A run that is whole is not repeated, so a command that was killed goes on with the next run.
-The plot and the Markdown table are made from all whole runs in DIR.
+What is logged, per run in DIR/ARM-RATE.jsonl: both losses and the gradients' norm of every step; every now and then, on
+fixed held-out pictures, both losses and the mean length of the logit vectors, and the loss on a little English and
+Chinese text, which is what the LLM forgets. A run that is whole is not repeated, so a command that was killed goes on
+with the run that it was at. The plot and the Markdown table are made from all whole runs in DIR.
 """
 
 import argparse
@@ -133,7 +133,7 @@ def loss_and_logits(transformer: MarsTransformer, segments: Sequence[Segment]) -
 @torch.no_grad()
 def evaluate(transformer: MarsTransformer, data: Data) -> dict[str, float]:
     """Losses and mean lengths of logit vectors on what is never trained on."""
-    found = {}
+    found: dict[str, float] = {}
     tasks = {
         "drawing": data.drawn(data.held_out, transformer),
         "captioning": data.described(data.held_out, transformer),
@@ -161,7 +161,7 @@ def train(transformer: MarsTransformer, data: Data, *, rate: float, steps: int, 
         with torch.autocast(kind, dtype=dtype, enabled=has_fast_bf16()):
             drawing, _ = loss_and_logits(transformer, data.drawn(samples[:DRAWN], transformer))
             captioning, _ = loss_and_logits(transformer, data.described(samples[DRAWN:], transformer))
-        (drawing + captioning).backward()  # type: ignore[no-untyped-call]
+        (drawing + captioning).backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         line: dict[str, Any] = {"step": step + 1, "drawing loss": float(drawing.detach())}

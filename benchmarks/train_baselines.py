@@ -114,6 +114,10 @@ class _Scatter(torch.autograd.Function):
         return first, second, None, None
 
 
+_gather: Callable[[Tensor, Tensor], Tensor] = _Gather.apply
+_scatter: Callable[[Tensor, Tensor, tuple[Tensor, Tensor], int], Tensor] = _Scatter.apply
+
+
 class Routed:
     """Each expert on its own positions of the flattened batch."""
 
@@ -125,13 +129,11 @@ class Routed:
         """(B, T, in) to one or several (B, T, out); padding becomes zero."""
         assert layer.visual is not None
         flat, shape = x_BTD.flatten(0, 1), x_BTD.shape[:2]
-        language = part(layer.language, cast(Tensor, _Gather.apply(flat, self.text_N)))
-        visual = part(layer.visual, cast(Tensor, _Gather.apply(flat, self.image_N)))
+        language = part(layer.language, _gather(flat, self.text_N))
+        visual = part(layer.visual, _gather(flat, self.image_N))
         indices = (self.text_N, self.image_N)
-        return tuple(
-            cast(Tensor, _Scatter.apply(one, other, indices, len(flat))).unflatten(0, shape)
-            for one, other in zip(language, visual, strict=True)
-        )
+        pairs = zip(language, visual, strict=True)
+        return tuple(_scatter(one, other, indices, len(flat)).unflatten(0, shape) for one, other in pairs)
 
 
 class Shared:
@@ -184,8 +186,9 @@ def whole_rows_loss(transformer: MarsTransformer, segments: Sequence[Segment], *
     that shares the LLM's norms, and no norms per head: the paper's on an LLM of the Llama family.
     """
     semvie = transformer.config.semvie
-    assert semvie.share_norms and semvie.duplicate_output and not semvie.head_norms
-    assert len(transformer.config.visual_layers) == len(transformer.layers) and not transformer.config.language.qk_norm
+    assert (semvie.share_norms, semvie.duplicate_output, semvie.head_norms) == (True, True, False)
+    assert len(transformer.config.visual_layers) == len(transformer.layers)
+    assert not transformer.config.language.qk_norm
     rows = join(transformer, segments)
     chosen = mix(rows)
     length = rows.x_BTD.shape[1]

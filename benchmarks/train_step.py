@@ -8,10 +8,10 @@
     routed   each expert on its own positions, gathered before and scattered after, in every layer
     shared   one dense model, trained in full
 
-The LLM's real weights, a visual expert copied from it in every layer, 8,192 codes. A step is forward, backward and AdamW
-(PyTorch's fastest, `fused`, for all). `ours`, `select` and `routed` have the same weights and batch, and their losses
-are compared in fp32 before anything is timed. `shared` has no loss over the joint vocabulary, only over codes, as ours:
-a joint one would cost it more. Captions come as from length buckets, with less than 10 % of padding.
+The LLM's real weights, a visual expert copied from it in every layer, 8,192 codes. A step is forward, backward and
+AdamW (PyTorch's fastest, `fused`, for all). `ours`, `select` and `routed` have the same weights and batch, and their
+losses are compared in fp32 before anything is timed. `shared` has no loss over the joint vocabulary, only over codes,
+as ours: a joint one would cost it more. Captions come as from length buckets, with less than 10 % of padding.
 
 Time: the variants take turns, and the median of each one's repeats counts; a ratio is the median of the ratios within a
 turn. Memory: each variant runs two steps in a process of its own (the second has optimizer states and activations at
@@ -181,13 +181,14 @@ def measure_times(steps: Sequence[Step], *, repeats: int) -> dict[str, list[floa
     return seconds
 
 
-def _attention(query: Any, key: Any, value: Any, dropout: float = 0.0, is_causal: bool = False, **_: Any) -> int:  # noqa: FBT001, FBT002
-    return int(sdpa_flop_count(query, key, value)) // (2 if is_causal else 1)
+def _attention(query: Any, key: Any, value: Any, *options: Any, **_: Any) -> int:
+    causal = any(options[1:2])  # after the dropout
+    return int(sdpa_flop_count(query, key, value)) // (2 if causal else 1)
 
 
-def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *rest: Any, **_: Any) -> int:
-    is_causal = rest[3]  # after the output, the log-sums and the dropout
-    return int(sdpa_backward_flop_count(grad, query, key, value)) // (2 if is_causal else 1)
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *options: Any, **_: Any) -> int:
+    causal = any(options[3:4])  # after the output, its log-sums and the dropout
+    return int(sdpa_backward_flop_count(gradient, query, key, value)) // (2 if causal else 1)
 
 
 def count_operations(step: Step) -> int:
@@ -200,7 +201,7 @@ def count_operations(step: Step) -> int:
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         step.loss().backward()
     step.optimizer.zero_grad(set_to_none=True)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def _resident(name: str) -> int:
@@ -246,9 +247,7 @@ def measure(case: Case, task: str, *, dtype: torch.dtype, language: str, repeats
     steps = [
         _make_step(name, task, case, dtype, build(language))
         if name == "shared"
-        else Step(
-            variant=name, task=task, transformer=ours, batch=first.batch, optimizer=first.optimizer, dtype=dtype
-        )
+        else Step(variant=name, task=task, transformer=ours, batch=first.batch, optimizer=first.optimizer, dtype=dtype)
         for name in variants(task)
     ]
     losses = compare_losses(steps)
