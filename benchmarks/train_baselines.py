@@ -3,8 +3,9 @@
     Select   both experts on every position, then a select
     Routed   each expert on its own positions, gathered before it and scattered after it, in every layer
     Shared   one set of weights for all positions: a dense model, trained in full
+    Joint    the same with one vocabulary: each position's logits are those of text and of codes
 
-All three use the modules of a `MarsTransformer`, so that weights, and for the first two losses, are the same. They are
+All use the modules of a `MarsTransformer`, so that weights, and for the first two losses, are the same. They are
 given what a good implementation has: norms are computed once, padding is at the end of a row so that attention is
 plainly causal, routing knows its indices before the first layer, skips padding and has a backward pass of its own
 (each position is chosen once, so nothing needs to be added up). What they cannot have is a prefix without a graph: text
@@ -147,6 +148,10 @@ class Shared:
         return part(layer.language, x_BTD)
 
 
+class Joint(Shared):
+    """The same, as it is when an LLM's vocabulary is enlarged by codes: the loss is over all ids."""
+
+
 def _queries_keys_values(expert: Expert, x: Tensor) -> tuple[Tensor, ...]:
     return expert.q_proj(x), expert.k_proj(x), expert.v_proj(x)
 
@@ -199,10 +204,16 @@ def whole_rows_loss(transformer: MarsTransformer, segments: Sequence[Segment], *
         x_BTD = _layer(cast(SemVIELayer, layer), x_BTD, mix=chosen, rotary=rotary)
     kept = rows.targets_BT != IGNORE
     hidden_ND, targets_N = transformer.language_norm(x_BTD[kept]), rows.targets_BT[kept]
-    if segments[-1].modality is Modality.TEXT:
-        return F.cross_entropy(transformer.text_logits(hidden_ND).float(), targets_N)
-    logits_NV = transformer.visual_logits(hidden_ND).float()
-    return F.cross_entropy(logits_NV, targets_N - transformer.vocabulary.first_code)
+    read, drawn = transformer.text_logits, transformer.visual_logits
+    heads = (read, drawn) if segments[-1].modality is Modality.TEXT else (drawn, read)
+    if segments[-1].modality is Modality.IMAGE:
+        targets_N = targets_N - transformer.vocabulary.first_code
+    logits_NV = heads[0](hidden_ND).float()
+    if mix is not Joint:
+        return F.cross_entropy(logits_NV, targets_N)
+    others_N = heads[1](hidden_ND).float().logsumexp(dim=1)
+    chosen_N = logits_NV.gather(1, targets_N[:, None]).squeeze(1)
+    return (torch.logaddexp(logits_NV.logsumexp(dim=1), others_N) - chosen_N).mean()
 
 
 def share_weights(transformer: MarsTransformer) -> None:

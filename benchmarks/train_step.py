@@ -6,12 +6,13 @@
     held     the same with the captions' keys and values already held (`PrefixStore`), as in all epochs but the first
     select   both experts on every position, then a select, in every layer
     routed   each expert on its own positions, gathered before and scattered after, in every layer
-    shared   one dense model, trained in full
+    shared   one dense model, trained in full; its loss is over codes or over text ids alone, as ours
+    joint    the same with one vocabulary and a loss over all of it, as when an LLM's vocabulary is enlarged by codes
 
 The LLM's real weights, a visual expert copied from it in every layer, 8,192 codes. A step is forward, backward and
 AdamW (PyTorch's fastest, `fused`, for all). `ours`, `select` and `routed` have the same weights and batch, and their
-losses are compared in fp32 before anything is timed. `shared` has no loss over the joint vocabulary, only over codes,
-as ours: a joint one would cost it more. Captions come as from length buckets, with less than 10 % of padding.
+losses are compared in fp32 before anything is timed. Captions come as from length buckets, with less than 10 % of
+padding.
 
 Time: the variants take turns, and the median of each one's repeats counts; a ratio is the median of the ratios within a
 turn. Memory: each variant runs two steps in a process of its own (the second has optimizer states and activations at
@@ -24,7 +25,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from benchmarks.train_baselines import Mix, Routed, Select, Shared, share_weights, whole_rows_loss
+from benchmarks.train_baselines import Joint, Mix, Routed, Select, Shared, share_weights, whole_rows_loss
 from mars.model.base_llm import open_base_llm
 from mars.model.cache import Prefix
 from mars.model.config import ModelConfig
@@ -43,9 +44,11 @@ from mars.sequence.layout import Segment, drawn_image, read_image, text_segment,
 from mars.training.losses import captioning_loss, text_to_image_loss
 
 TASKS = ("text to image", "captioning")
-BASELINES: dict[str, type[Mix]] = {"select": Select, "routed": Routed, "shared": Shared}
+BASELINES: dict[str, type[Mix]] = {"select": Select, "routed": Routed, "shared": Shared, "joint": Joint}
 LENGTHS = {"dense": range(72, 89), "short": range(8, 11)}
 """Ids of a caption: one length bucket of dense captions (the paper's stage II), and of names with a style."""
+DENSE = ("shared", "joint")
+"""The variants that have other weights."""
 TOLERANCE = 1e-4
 RATE = 1e-5
 
@@ -159,7 +162,7 @@ def compare_losses(steps: Sequence[Step]) -> dict[str, float]:
     """Losses of the variants that must agree, in fp32; an error if they do not."""
     losses = {}
     for step in steps:
-        if step.variant != "shared":
+        if step.variant not in DENSE:
             dtype, step.dtype = step.dtype, torch.float32
             losses[step.variant] = float(step.loss())
             step.dtype = dtype
@@ -211,12 +214,11 @@ def _resident(name: str) -> int:
 
 
 def measure_memory(variant: str, task: str, case: Case, dtype: torch.dtype, language: str) -> tuple[int, int]:
-    """Bytes of the weights in memory, and what two steps need beside them at most; for a process of its own."""
-    before = _resident("VmRSS")
+    """Bytes of the weights, and what two steps need beside them at most; for a process of its own."""
     step = _make_step(variant, task, case, dtype, build(language))
     for weight in step.transformer.parameters():
         weight.sum()  # what is mapped from a file comes into memory when it is read
-    weights = _resident("VmRSS") - before
+    weights = sum(weight.numel() * weight.element_size() for weight in step.transformer.parameters())
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     start = _resident("VmRSS")
     step()
@@ -225,7 +227,7 @@ def measure_memory(variant: str, task: str, case: Case, dtype: torch.dtype, lang
 
 
 def _make_step(variant: str, task: str, case: Case, dtype: torch.dtype, transformer: MarsTransformer) -> Step:
-    if variant == "shared":
+    if variant in DENSE:
         share_weights(transformer)
     shapes = transformer.config
     batch = make_batch(case, text_size=shapes.language.vocab_size, num_codes=shapes.num_codes)
@@ -242,14 +244,9 @@ def measure_alone(function: Callable[..., Any], *arguments: Any) -> Any:
 def measure(case: Case, task: str, *, dtype: torch.dtype, language: str, repeats: int) -> dict[str, Any]:
     """All figures of one case and task."""
     memory = {name: measure_alone(measure_memory, name, task, case, dtype, language) for name in variants(task)}
-    ours = build(language)
-    first = _make_step("ours", task, case, dtype, ours)
-    steps = [
-        _make_step(name, task, case, dtype, build(language))
-        if name == "shared"
-        else Step(variant=name, task=task, transformer=ours, batch=first.batch, optimizer=first.optimizer, dtype=dtype)
-        for name in variants(task)
-    ]
+    first = _make_step("ours", task, case, dtype, build(language))
+    dense = _make_step("shared", task, case, dtype, build(language))
+    steps = [replace(dense if name in DENSE else first, variant=name) for name in variants(task)]
     losses = compare_losses(steps)
     operations = {step.variant: count_operations(step) for step in steps}
     seconds = measure_times(steps, repeats=repeats)
