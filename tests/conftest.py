@@ -165,6 +165,27 @@ def tiny_model(
 
 
 @pytest.fixture(scope="session")
+def tiny_upscaler(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, build_tiny: "Callable[..., MarsTransformer]"
+) -> Path:
+    """The folder of a random model that also draws the tiny model's grid again, twice as large, with K = 4."""
+    from dataclasses import replace
+
+    from mars.checkpoint import load_image_tokenizer, read_info, save_model
+    from mars.model.config import UpscaleConfig
+
+    info = replace(
+        read_info(tiny_model)[0],
+        name="tiny-upscaler",
+        upscale=UpscaleConfig(scale=2, codes_per_step=4),
+    )
+    folder = tmp_path_factory.mktemp("upscaler")
+    transformer = build_tiny(**{**POCKET, "max_grid": 8}, low_input=True)
+    save_model(folder, info=info, transformer=transformer, image_tokenizer=load_image_tokenizer(tiny_model)[0])
+    return folder
+
+
+@pytest.fixture(scope="session")
 def even_model(tmp_path_factory: pytest.TempPathFactory, even_llm: Path, tiny_model: Path) -> Path:
     """The folder of a new model on `even_llm` with the tiny model's image tokenizer; pictures have 32x32 pixels."""
     from mars.convert import init_model
@@ -203,7 +224,7 @@ def tiny_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         record = Record(
             key=f"k{index}", concept=f"c{index}", style="s", split=split, source="t", licence="CC0", captions=captions
         )
-        return Picture(record=record, png=png.getvalue())
+        return Picture(record=record, content=png.getvalue())
 
     path = tmp_path_factory.mktemp("pictures") / "tiny.tar"
     write_pictures(path, map(picture, range(32)))
@@ -228,8 +249,9 @@ def stage(tmp_path: Path, tiny_llm: Path, tiny_model: Path, tiny_codes: Path) ->
 
     def table(**changes: Any) -> dict[str, Any]:
         return {
-            "name": "tiny", "out": str(tmp_path / "run"), "steps": 10, "batch_size": 6, "captioning": 0.3,
-            "guidance_dropout": 0.2, "precision": "fp32", "save_every": 1000, "sample_every": 1000,
+            "name": "tiny", "out": str(tmp_path / "run"), "steps": 10, "batch_size": 6, "guidance_dropout": 0.2,
+            "tasks": {"text_to_image": 0.7, "captioning": 0.3}, "precision": "fp32", "save_every": 1000,
+            "sample_every": 1000,
             "model": {"language": str(tiny_llm), "image_tokenizer": str(tiny_model), "semvie": dict(POCKET)},
             "data": {"shards": [str(tiny_codes)]},
             "optimizer": {"learning_rate": 3e-3, "warmup": 2},

@@ -42,6 +42,7 @@ def open_pipeline(model: str | None, *, precision: str = "fp32") -> "MarsPipelin
 
 
 def sampling_of(
+    default: "Sampling | None" = None,
     *,
     guidance: float | None,
     temperature: float | None,
@@ -49,7 +50,7 @@ def sampling_of(
     top_p: float | None,
     candidates: int | None,
 ) -> "Sampling":
-    """The pipeline's settings, with what was asked for in their place."""
+    """The pipeline's settings, or others, with what was asked for in their place."""
     from dataclasses import replace
 
     from mars.pipeline import DEFAULT_SAMPLING
@@ -61,4 +62,4 @@ def sampling_of(
         "top_p": top_p,
         "candidates": candidates,
     }
-    return replace(DEFAULT_SAMPLING, **{name: value for name, value in asked.items() if value is not None})
+    return replace(default or DEFAULT_SAMPLING, **{name: value for name, value in asked.items() if value is not None})

@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mars.errors import RequestError
 from mars.model.cache import Cache, Prefix, StaticCache
@@ -45,12 +46,16 @@ class MarsTransformer(nn.Module):
 
     Tables: `language_embedding` and `language_head` (absent when tied) are the LLM's; `visual_embedding` and
     `visual_head` hold a row per code, special and dead id; `special_embedding` and `special_head` are the special
-    ids as text positions see them, in the LLM's width.
+    ids as text positions see them, in the LLM's width. `low_projection` (absent unless `semvie.low_input`) is what an
+    image position makes of the low-resolution code that it refines.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
+        """Whether layers keep no activations for a backward pass, and compute them again there."""
+        self.compiled = False
         language, width = config.language, config.visual_width
         self.vocabulary = Vocabulary(text_size=language.vocab_size, num_codes=config.num_codes)
         self.rotary = Rotary(language.head_width, theta=language.rope_theta, scaling=language.rope_scaling)
@@ -70,6 +75,8 @@ class MarsTransformer(nn.Module):
             self.visual_grid = nn.ParameterDict(
                 {side: torch.empty(config.semvie.max_grid + 1, width) for side in ("rows", "columns")}
             )
+        if config.semvie.low_input:
+            self.low_projection = Linear(width, width, bias=False)
 
     def forward(self, segment: Segment, cache: Cache) -> Tensor:
         """Runs a segment after what the cache holds; returns its final hidden states (B, T, D).
@@ -81,15 +88,36 @@ class MarsTransformer(nn.Module):
             raise RequestError("the language expert was released after its prompt; open the model again")
         positions_BT, masks = cache.begin(segment)
         x_BTD = self.embed(segment)
-        rotary = self.rotary.at(positions_BT, longest=cache.longest, dtype=x_BTD.dtype)
+        longest = cache.longest + (segment.side - 1) * segment.columns  # rows that a block has begun
+        rotary = self.rotary.at(positions_BT, longest=longest, dtype=x_BTD.dtype)
         visual_layers = set(cache.visual_layers)
         for index, layer in enumerate(self.layers):
             if segment.modality is Modality.TEXT or index in visual_layers:
                 mask = masks[index in visual_layers]
-                x_BTD = layer(x_BTD, segment.modality, cache=cache, rotary=rotary, mask=mask)
+                x_BTD = self._run(layer, x_BTD, segment.modality, cache=cache, rotary=rotary, mask=mask)
         if segment.modality is Modality.TEXT or self.config.semvie.share_norms:
             return cast(Tensor, self.language_norm(x_BTD))
         return cast(Tensor, self.visual_norm(x_BTD))
+
+    def _run(
+        self, layer: nn.Module, x_BTD: Tensor, modality: Modality, *, cache: Cache, rotary: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """One layer; as a function of tensors alone where it is compiled, or computed again in the backward pass."""
+        assert isinstance(layer, SemVIELayer)
+        recompute = self.recompute and torch.is_grad_enabled()
+        if not (recompute or self.compiled):
+            return cast(Tensor, layer(x_BTD, modality, cache=cache, rotary=rotary, mask=mask))
+        arguments = (x_BTD, cache.keys[layer.index], cache.values[layer.index], modality, rotary, mask)
+        found = checkpoint(layer.alone, *arguments, use_reentrant=False) if recompute else layer.alone(*arguments)
+        x_BTD, cache.keys[layer.index], cache.values[layer.index] = found
+        return x_BTD
+
+    def compile_layers(self) -> None:
+        """Compiles every layer at its first use, for training; a static cache is filled in place and cannot be used."""
+        self.compiled = True
+        for layer in self.layers:
+            assert isinstance(layer, SemVIELayer)
+            layer.alone = torch.compile(layer.alone, dynamic=True)  # type: ignore[method-assign]
 
     @property
     def released(self) -> bool:
@@ -100,6 +128,11 @@ class MarsTransformer(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of hidden states, keys and values; tables may be kept in fewer bits."""
         return self.language_norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.language_norm.weight.device
 
     def embed(self, segment: Segment) -> Tensor:
         """Ids of one modality to the first hidden states (B, T, D)."""
@@ -118,10 +151,11 @@ class MarsTransformer(nn.Module):
             return torch.where(special[..., None], rows, text)
         visual: Tensor = self.visual_embedding(segment.ids - self.vocabulary.first_code)
         if self.config.semvie.grid_embedding:
-            places = torch.arange(segment.start, segment.start + segment.ids.shape[1], device=visual.device)
-            limit = self.config.semvie.max_grid
-            rows = self.visual_grid["rows"][(places // segment.columns).clamp(max=limit)]
-            visual = visual + rows + self.visual_grid["columns"][(places % segment.columns).clamp(max=limit)]
+            rows, columns = (place.clamp(max=self.config.semvie.max_grid) for place in segment.places())
+            visual = visual + self.visual_grid["rows"][rows] + self.visual_grid["columns"][columns]
+        if segment.low is not None:
+            low: Tensor = self.visual_embedding(segment.low - self.vocabulary.first_code)
+            visual = visual + self.low_projection(low.to(self.dtype))
         return visual
 
     def text_logits(self, hidden_BTD: Tensor) -> Tensor:
@@ -129,6 +163,16 @@ class MarsTransformer(nn.Module):
         if hasattr(self, "language_head"):
             return cast(Tensor, self.language_head(hidden_BTD))
         return nn.functional.linear(hidden_BTD, self.language_embedding.weight)
+
+    @property
+    def text_table(self) -> Tensor:
+        """(V, D) the weights of `text_logits`: the head's, or the embedding's where both are one."""
+        return self.language_head.weight if hasattr(self, "language_head") else self.language_embedding.weight
+
+    @property
+    def visual_table(self) -> Tensor:
+        """(visual rows, D) the weights of `visual_logits`."""
+        return self.visual_head.weight
 
     def special_logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits of special and dead ids at text positions: how text predicts `<img>`."""
@@ -182,7 +226,7 @@ class MarsTransformer(nn.Module):
 def read_prefixes(transformer: MarsTransformer, rows: Sequence[Sequence[int]]) -> list[Prefix]:
     """Runs rows of text ids through the language expert alone; what image positions will look back at, row by row."""
     cache = transformer.new_cache()
-    hidden_BTD = transformer(text_segment(rows), cache)
+    hidden_BTD = transformer(text_segment(rows).to(transformer.device), cache)
     return cache.prefixes(hidden_BTD)
 
 
@@ -233,6 +277,9 @@ def start_visual(
             continue
         if weight.dim() == 1:
             weight.copy_(transformer.language_norm.weight if len(weight) == len(mean) else torch.ones_like(weight))
+            continue
+        if name.startswith("low_projection"):
+            weight.zero_()  # what was trained without it goes on as it was
             continue
         weight.normal_(0, 1, generator=generator)
         if name.startswith("visual_grid"):

@@ -1,0 +1,373 @@
+"""What a step can learn: a task draws its examples, and says what predicting them costs.
+
+Which task a step learns, and on what, are functions of the seed and the step's number alone.
+
+Letters: R rows, C columns, B batch.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from mars.data.loader import Loader, Sample, padding
+from mars.data.shards import Caption
+from mars.errors import ConfigError
+from mars.model.cache import Prefix
+from mars.model.costs import FlopCount
+from mars.model.transformer import MarsTransformer
+from mars.sequence.text import CAPTION_HINTS, TextTokenizer
+from mars.training.cross_entropy import token_loss
+from mars.training.losses import begin_image_loss, captioning_states, text_to_image_states
+from mars.training.prefixes import PrefixStore
+from mars.training.process import Process
+from mars.training.stages import StageConfig
+from mars.training.upscale import upscale_states
+
+CYCLE = 1000
+"""Steps in which each task has exactly its share."""
+LOOKAHEAD = 24
+"""Steps whose captions are read at once."""
+REMEMBERED = 2**17
+"""Texts whose ids are kept."""
+HELD_OUT = 64
+"""Held-out pictures whose loss says which checkpoint is best."""
+
+E = TypeVar("E")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskContext:
+    """What all tasks of a run work with."""
+
+    config: StageConfig
+    process: Process
+    transformer: MarsTransformer
+    text_tokenizer: TextTokenizer
+    loader: Loader
+    held_out: Loader | None
+
+    @cached_property
+    def prefixes(self) -> PrefixStore:
+        """Keys and values of captions."""
+        return PrefixStore(self.transformer, gib=self.config.prefix_gib)
+
+    @cached_property
+    def flops(self) -> FlopCount:
+        """What positions cost."""
+        return FlopCount(self.transformer)
+
+    @property
+    def height(self) -> int:
+        """Rows of the codes that text to image draws."""
+        rows = self.loader.grids[0][0]
+        return rows // self.config.upscale.scale if "upscale" in self.config.mix else rows
+
+    @cached_property
+    def encode(self) -> Callable[[str], list[int]]:
+        """The ids of a text; those of the last texts are remembered."""
+        return lru_cache(REMEMBERED)(self.text_tokenizer.encode)
+
+    def mine(self, everything: Sequence[E]) -> list[E]:
+        """What this process has of a batch that all share."""
+        return list(everything[self.process.rank :: self.process.world])
+
+    def stack(self, codes: Sequence[Tensor]) -> Tensor:
+        """(B, R, C) codes of one grid, where they are computed with."""
+        return torch.stack(list(codes)).to(self.process.device)
+
+
+class Task(ABC, Generic[E]):
+    """Something to learn. An example holds ids and codes, no states: a batch is a list of examples, and any part of it
+    can be learned alone."""
+
+    name: str
+
+    @abstractmethod
+    def draw(self, number: int, generator: torch.Generator) -> list[E]:
+        """The examples that this process has of the task's batch of that number, the first being 0; the same for the
+        same number and state of the generator, whatever ran before."""
+
+    @abstractmethod
+    def losses(self, batch: Sequence[E]) -> dict[str, Tensor]:
+        """`total`, the mean per target that is trained on, with a graph; and figures for the log, all of them means."""
+
+    @abstractmethod
+    def targets(self, batch: Sequence[E]) -> int:
+        """How many ids are predicted: what parts of a step are weighted by."""
+
+    @abstractmethod
+    def flops(self, batch: Sequence[E]) -> int:
+        """Of learning a batch, forward and backward; to be asked after `losses`."""
+
+    def held_out(self) -> list[E]:
+        """Examples that this process measures and never learns; none where there are none."""
+        return []
+
+
+def _small(sample: Sample) -> Tensor:
+    """The codes (R, C) of every task but `upscale`: of a pair of grids, the smaller."""
+    return sample.codes if sample.low is None else sample.low
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """A picture to be drawn after a prompt."""
+
+    codes: Tensor
+    """(R, C)."""
+    prompt: list[int]
+
+    @property
+    def read(self) -> int:
+        """Image positions that are read between prompt and picture."""
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refining(Drawing):
+    """A picture to be drawn again, larger."""
+
+    low: Tensor
+    """(R / scale, C / scale)."""
+
+    @property
+    def read(self) -> int:
+        """`<low>` and the smaller picture."""
+        return self.low.numel() + 1
+
+
+class TextToImage(Task[Drawing]):
+    """Draws a picture after its caption, and learns where to begin one.
+
+    Args:
+        ahead: prompts of the next steps, whose prefixes are cheaper to read together.
+    """
+
+    name = "text_to_image"
+
+    def __init__(self, context: TaskContext, *, ahead: Callable[[], Iterator[list[int]]]) -> None:
+        self.context = context
+        self.ahead = ahead
+        self.read = 0
+        """FLOPs of the captions that the last batch had read."""
+
+    def size(self) -> tuple[int, int | None]:
+        """Pictures of a step, and how many rows of each are drawn; null is all."""
+        return self.context.config.batch_size, None
+
+    def draw(self, number: int, generator: torch.Generator) -> list[Drawing]:
+        """Captions are emptied as often as the configuration says."""
+        context, (count, rows) = self.context, self.size()
+        share = context.config.guidance_dropout
+        dropped = context.mine((torch.rand(count, generator=generator) < share).tolist())
+        samples = context.loader.batch(number * count, count, rank=context.process.rank, ranks=context.process.world)
+        return [
+            self._example(sample, "" if drop else sample.caption.text, rows=rows)
+            for sample, drop in zip(samples, dropped, strict=True)
+        ]
+
+    def _example(self, sample: Sample, text: str, *, rows: int | None = None) -> Drawing:
+        return Drawing(codes=_small(sample)[:rows], prompt=self._prompt(text))
+
+    def _prompt(self, text: str) -> list[int]:
+        return [self.context.text_tokenizer.bos_id, *self.context.encode(text)]
+
+    def held_out(self) -> list[Drawing]:
+        """The first held-out pictures, each with one of its captions."""
+        loader = self.context.held_out
+        if loader is None:
+            return []
+        count = min(HELD_OUT, len(loader))
+        count -= count % self.context.process.world  # all processes have as many
+        samples = loader.batch(0, count, rank=self.context.process.rank, ranks=self.context.process.world)
+        return [self._example(sample, sample.caption.text) for sample in samples]
+
+    def losses(self, batch: Sequence[Drawing]) -> dict[str, Tensor]:
+        """Of the codes, and of `<img>` after the caption."""
+        context, config = self.context, self.context.config
+        before = len(context.prefixes.lengths)
+        prefixes = context.prefixes.get([one.prompt for one in batch], ahead=self.ahead())
+        self.read = sum(context.flops.read_text(length) for length in context.prefixes.lengths[before:])
+        states_ND, targets_N = self._states(batch, prefixes)
+        found = token_loss(states_ND, context.transformer.visual_table, targets_N, z_loss=config.z_loss)
+        begin = begin_image_loss(context.transformer, prefixes)
+        return {
+            "total": found.loss + config.special_weight * begin,
+            "loss": found.nats,
+            "begin_image_loss": begin.detach(),
+            "logit_norm": found.logit_norm,
+        }
+
+    def _states(self, batch: Sequence[Drawing], prefixes: Sequence[Prefix]) -> tuple[Tensor, Tensor]:
+        codes_BRC = self.context.stack([one.codes for one in batch])
+        return text_to_image_states(self.context.transformer, codes_BRC, prefixes)
+
+    def targets(self, batch: Sequence[Drawing]) -> int:
+        """Codes."""
+        return sum(one.codes.numel() for one in batch)
+
+    def flops(self, batch: Sequence[Drawing]) -> int:
+        """Captions count where they were read."""
+        count = self.context.flops
+        drawn = sum(
+            count.train_text_to_image(caption=len(one.prompt), codes=one.codes.numel(), low=one.read)
+            - count.read_text(len(one.prompt))
+            for one in batch
+        )
+        return drawn + self.read
+
+
+class TopRows(TextToImage):
+    """Draws the first rows of codes only, of as many more pictures."""
+
+    name = "top_rows"
+
+    def size(self) -> tuple[int, int | None]:
+        """As many codes as a step of whole pictures has, where these have the first grid."""
+        config, height = self.context.config, self.context.height
+        rows = min(config.top_rows, height)
+        return config.batch_size * height // rows, rows
+
+
+class Upscale(TextToImage):
+    """Draws a picture again, larger, after its caption and its smaller codes: the next K codes at once (ours)."""
+
+    name = "upscale"
+
+    def _example(self, sample: Sample, text: str, *, rows: int | None = None) -> Refining:
+        assert sample.low is not None
+        assert rows is None
+        return Refining(codes=sample.codes, low=sample.low, prompt=self._prompt(text))
+
+    def _states(self, batch: Sequence[Drawing], prefixes: Sequence[Prefix]) -> tuple[Tensor, Tensor]:
+        context = self.context
+        low_BRC = context.stack([one.low for one in batch if isinstance(one, Refining)])
+        high_BRC = context.stack([one.codes for one in batch])
+        return upscale_states(context.transformer, low_BRC, high_BRC, prefixes, side=context.config.upscale.side)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A picture and the caption to be written of it."""
+
+    codes: Tensor
+    """(R, C)."""
+    hint: list[int]
+    caption: list[int]
+
+
+class Captioning(Task[Reading]):
+    """Writes the caption of a picture, in the caption's language."""
+
+    name = "captioning"
+
+    def __init__(self, context: TaskContext) -> None:
+        self.context = context
+
+    def draw(self, number: int, generator: torch.Generator) -> list[Reading]:  # noqa: ARG002
+        """Whole pictures and their captions, of nearly equal length: the text is most of the work, and so padding."""
+        context, count = self.context, self.context.config.batch_size
+        samples = context.loader.batch_by_length(
+            number * count,
+            count,
+            length=lambda caption: len(self._hint(caption)) + len(context.encode(caption.text)),
+            rank=context.process.rank,
+            ranks=context.process.world,
+        )
+        return [
+            Reading(codes=_small(one), hint=self._hint(one.caption), caption=context.encode(one.caption.text))
+            for one in samples
+        ]
+
+    def _hint(self, caption: Caption) -> list[int]:
+        return self.context.encode(CAPTION_HINTS[caption.language])
+
+    def losses(self, batch: Sequence[Reading]) -> dict[str, Tensor]:
+        """Of the caption's ids and of its end."""
+        transformer, codes_BRC = self.context.transformer, self.context.stack([one.codes for one in batch])
+        states_ND, targets_N = captioning_states(
+            transformer,
+            codes_BRC,
+            [one.caption for one in batch],
+            hints=[one.hint for one in batch],
+            end=self.context.text_tokenizer.eos_id,
+        )
+        found = token_loss(states_ND, transformer.text_table, targets_N, z_loss=self.context.config.z_loss)
+        empty = padding([len(one.hint) + len(one.caption) for one in batch])
+        return {
+            "total": found.loss,
+            "loss": found.nats,
+            "logit_norm": found.logit_norm,
+            "padding": found.loss.new_tensor(empty),
+        }
+
+    def targets(self, batch: Sequence[Reading]) -> int:
+        """Text ids."""
+        return sum(len(one.caption) + 1 for one in batch)
+
+    def flops(self, batch: Sequence[Reading]) -> int:
+        """Hints count as the caption's."""
+        count = self.context.flops
+        return sum(
+            count.train_captioning(caption=len(one.hint) + len(one.caption), codes=one.codes.numel()) for one in batch
+        )
+
+
+class TaskMix:
+    """The tasks of a run, each as often as its share of the steps: exactly so in every `CYCLE` of them.
+
+    A task's batches are numbered, so that each task sees every picture once per epoch of its own.
+    """
+
+    def __init__(self, context: TaskContext) -> None:
+        self.context = context
+        shares = dict(sorted(context.config.mix.items()))
+        most = max(shares, key=lambda name: shares[name])
+        self.counts = {name: max(1, round(share * CYCLE)) for name, share in shares.items()}
+        """Steps of each task in a cycle."""
+        self.counts[most] += CYCLE - sum(self.counts.values())
+        self.turns: dict[int, list[str]] = {}
+        self.step = 0
+        known: dict[str, Callable[[], Task[Any]]] = {
+            "text_to_image": lambda: TextToImage(context, ahead=self.prompts_ahead),
+            "top_rows": lambda: TopRows(context, ahead=self.prompts_ahead),
+            "captioning": lambda: Captioning(context),
+            "upscale": lambda: Upscale(context, ahead=self.prompts_ahead),
+        }
+        for name in shares:
+            if name not in known:
+                raise ConfigError(f"tasks.{name} cannot be trained yet; known tasks are {', '.join(known)}")
+        self.tasks = {name: known[name]() for name in shares}
+        self.main = self.tasks[most]
+        """The task that most steps learn: its loss says which checkpoint is best."""
+
+    def draw(self, step: int) -> tuple[Task[Any], list[Any]]:
+        """The task of a step, and the examples that this process has of it."""
+        self.step = step
+        return self._draw(step)
+
+    def _draw(self, step: int) -> tuple[Task[Any], list[Any]]:
+        cycle, place = divmod(step, CYCLE)
+        name = self._turns(cycle)[place]
+        number = cycle * self.counts[name] + self._turns(cycle)[:place].count(name)
+        task, seed = self.tasks[name], self.context.config.seed
+        return task, task.draw(number, torch.Generator().manual_seed(seed * 1_000_003 + step))
+
+    def _turns(self, cycle: int) -> list[str]:
+        """The names of the tasks of a cycle, in order."""
+        if cycle not in self.turns:
+            names = [name for name, count in self.counts.items() for _ in range(count)]
+            generator = torch.Generator().manual_seed(self.context.config.seed * 1_000_003 + cycle)
+            order = torch.randperm(CYCLE, generator=generator).tolist()
+            self.turns = {cycle: [names[index] for index in order]}
+        return self.turns[cycle]
+
+    def prompts_ahead(self) -> Iterator[list[int]]:
+        """Prompts of the steps after the one that was drawn last."""
+        for step in range(self.step + 1, min(self.step + LOOKAHEAD, self.context.config.steps)):
+            yield from (one.prompt for one in self._draw(step)[1] if isinstance(one, Drawing))
