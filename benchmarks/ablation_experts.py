@@ -11,10 +11,10 @@ constant rate) and precision. Every step draws some pictures from their captions
 sum of both means. The pictures are the codes that come with the repository; their captions are short names, not the
 dense captions of the paper, and each picture is seen a few times at most.
 
-What is logged, per run in DIR/ARM-RATE.jsonl: both losses and the gradients' norm of every step; every now and then, on
-fixed held-out pictures, both losses and the mean length of the logit vectors, and the loss on a little English and
-Chinese text, which is what the LLM forgets. A run that is whole is not repeated, so a command that was killed goes on
-with the run that it was at. The plot and the Markdown table are made from all whole runs in DIR.
+What is logged, per run in DIR/ARM-RATE.jsonl: both losses, the mean length of their logit vectors and the gradients'
+norm of every step; every now and then the same losses and lengths on fixed held-out pictures, and the loss on a little
+English and Chinese text, which is what the LLM forgets. A run that is whole is not repeated, so a command that was
+killed goes on with the run that it was at. The plot and the Markdown table are made from all whole runs in DIR.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.train_baselines import share_weights
@@ -37,7 +36,8 @@ from mars.model.config import ModelConfig
 from mars.model.transformer import MarsTransformer, build_transformer, start_visual
 from mars.sequence.layout import IGNORE, Modality, Segment, drawn_image, read_image, text_segment, written_text
 from mars.sequence.text import CAPTION_HINTS, TextTokenizer
-from mars.training.optim import has_fast_bf16
+from mars.training.cross_entropy import TokenLoss, token_loss
+from mars.training.process import has_fast_bf16
 
 DRAWN, DESCRIBED = 16, 8
 """Pictures of a step."""
@@ -114,8 +114,11 @@ def _sample(item: CodedPicture, *, seed: int) -> Sample:
     return Sample(codes_RC=torch.from_numpy(item.codes.astype(np.int64)), caption=chosen)
 
 
-def loss_and_logits(transformer: MarsTransformer, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of the last segment's targets, in nats, and their logits (N, V) of that modality."""
+def predict(transformer: MarsTransformer, segments: Sequence[Segment]) -> TokenLoss:
+    """What the last segment's targets cost, among all ids of its modality.
+
+    The same for both arms: text before an image has a graph where its weights are trained, and none where they are not.
+    """
     cache = transformer.new_cache()
     for segment in segments:
         hidden_BTD = transformer(segment, cache)
@@ -124,10 +127,8 @@ def loss_and_logits(transformer: MarsTransformer, segments: Sequence[Segment]) -
     kept_BT = last.targets != IGNORE
     hidden_ND, targets_N = hidden_BTD[kept_BT], last.targets[kept_BT]
     if last.modality is Modality.TEXT:
-        logits_NV = transformer.text_logits(hidden_ND).float()
-        return F.cross_entropy(logits_NV, targets_N), logits_NV
-    logits_NV = transformer.visual_logits(hidden_ND).float()
-    return F.cross_entropy(logits_NV, targets_N - transformer.vocabulary.first_code), logits_NV
+        return token_loss(hidden_ND, transformer.text_table, targets_N)
+    return token_loss(hidden_ND, transformer.visual_table, targets_N - transformer.vocabulary.first_code)
 
 
 @torch.no_grad()
@@ -140,17 +141,21 @@ def evaluate(transformer: MarsTransformer, data: Data) -> dict[str, float]:
         **{f"text {language}": data.text(language) for language in TEXTS},
     }
     for name, segments in tasks.items():
-        loss, logits_NV = loss_and_logits(transformer, segments)
-        found |= {f"{name} loss": float(loss), f"{name} logit norm": float(logits_NV.norm(dim=1).mean())}
+        cost = predict(transformer, segments)
+        found |= {f"{name} loss": float(cost.nats), f"{name} logit norm": float(cost.logit_norm)}
     return found
+
+
+def precision() -> torch.autocast:
+    """Products in bf16 where this CPU has units for them, as in training."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_fast_bf16(torch.device("cpu")))
 
 
 def train(transformer: MarsTransformer, data: Data, *, rate: float, steps: int, every: int) -> Iterator[dict[str, Any]]:
     """Trains what requires a gradient; yields a line of the log per step, the first before any."""
     trained = [weight for weight in transformer.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    kind, dtype = "cpu", torch.bfloat16
-    with torch.autocast(kind, dtype=dtype, enabled=has_fast_bf16()):
+    with precision():
         yield {"step": 0, "held out": evaluate(transformer, data)}
     for step in range(steps):
         started = time.perf_counter()
@@ -158,17 +163,18 @@ def train(transformer: MarsTransformer, data: Data, *, rate: float, steps: int, 
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / WARM_UP)
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(kind, dtype=dtype, enabled=has_fast_bf16()):
-            drawing, _ = loss_and_logits(transformer, data.drawn(samples[:DRAWN], transformer))
-            captioning, _ = loss_and_logits(transformer, data.described(samples[DRAWN:], transformer))
-        (drawing + captioning).backward()
+        with precision():
+            drawing = predict(transformer, data.drawn(samples[:DRAWN], transformer))
+            captioning = predict(transformer, data.described(samples[DRAWN:], transformer))
+        (drawing.loss + captioning.loss).backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
-        line: dict[str, Any] = {"step": step + 1, "drawing loss": float(drawing.detach())}
-        line |= {"captioning loss": float(captioning.detach()), "gradient norm": float(norm)}
+        line: dict[str, Any] = {"step": step + 1, "gradient norm": float(norm)}
+        for name, cost in (("drawing", drawing), ("captioning", captioning)):
+            line |= {f"{name} loss": float(cost.nats), f"{name} logit norm": float(cost.logit_norm)}
         line["seconds"] = time.perf_counter() - started
         if (step + 1) % every == 0 or step + 1 == steps:
-            with torch.autocast(kind, dtype=dtype, enabled=has_fast_bf16()):
+            with precision():
                 line["held out"] = evaluate(transformer, data)
         yield line
 
@@ -193,7 +199,11 @@ def run(path: Path, *, arm: str, rate: float, steps: int, every: int, language: 
         return
     transformer, tokenizer = build(arm, language)
     trained = sum(weight.numel() for weight in transformer.parameters() if weight.requires_grad)
-    about = settings | {"trained": trained, "bf16": has_fast_bf16(), "threads": torch.get_num_threads()}
+    about = settings | {
+        "trained": trained,
+        "bf16": has_fast_bf16(torch.device("cpu")),
+        "threads": torch.get_num_threads(),
+    }
     with path.open("w", encoding="utf-8") as file:
         file.write(json.dumps(about) + "\n")
         for line in train(transformer, Data(shards, tokenizer), rate=rate, steps=steps, every=every):

@@ -3,13 +3,13 @@
     Select   both experts on every position, then a select
     Routed   each expert on its own positions, gathered before it and scattered after it, in every layer
     Shared   one set of weights for all positions: a dense model, trained in full
-    Joint    the same with one vocabulary: each position's logits are those of text and of codes
+    Joint    the same with one vocabulary and a plain loss: each position's logits are those of text and of codes
 
 All use the modules of a `MarsTransformer`, so that weights, and for the first two losses, are the same. They are
 given what a good implementation has: norms are computed once, padding is at the end of a row so that attention is
 plainly causal, routing knows its indices before the first layer, skips padding and has a backward pass of its own
-(each position is chosen once, so nothing needs to be added up). What they cannot have is a prefix without a graph: text
-and image positions share every tensor, and that tensor needs a gradient.
+(each position is chosen once, so nothing needs to be added up), and all but `Joint` have our loss in chunks. What they
+cannot have is a prefix without a graph: text and image positions share every tensor, and that tensor needs a gradient.
 
 Letters: B batch, T positions, D width, H query heads, G key/value heads, E head width, N chosen positions.
 """
@@ -27,6 +27,7 @@ from mars.model.rope import rotate
 from mars.model.semvie import SemVIELayer
 from mars.model.transformer import MarsTransformer
 from mars.sequence.layout import IGNORE, Modality, Segment
+from mars.training.cross_entropy import token_loss
 
 Part = Callable[[Expert, Tensor], tuple[Tensor, ...]]
 """A part of an expert that works on each position alone: (..., in) to one or several (..., out)."""
@@ -149,7 +150,7 @@ class Shared:
 
 
 class Joint(Shared):
-    """The same, as it is when an LLM's vocabulary is enlarged by codes: the loss is over all ids."""
+    """The same, as it is when an LLM's vocabulary is enlarged by codes: the loss is over all ids, and not in chunks."""
 
 
 def _queries_keys_values(expert: Expert, x: Tensor) -> tuple[Tensor, ...]:
@@ -204,16 +205,12 @@ def whole_rows_loss(transformer: MarsTransformer, segments: Sequence[Segment], *
         x_BTD = _layer(cast(SemVIELayer, layer), x_BTD, mix=chosen, rotary=rotary)
     kept = rows.targets_BT != IGNORE
     hidden_ND, targets_N = transformer.language_norm(x_BTD[kept]), rows.targets_BT[kept]
-    read, drawn = transformer.text_logits, transformer.visual_logits
-    heads = (read, drawn) if segments[-1].modality is Modality.TEXT else (drawn, read)
-    if segments[-1].modality is Modality.IMAGE:
-        targets_N = targets_N - transformer.vocabulary.first_code
-    logits_NV = heads[0](hidden_ND).float()
-    if mix is not Joint:
-        return F.cross_entropy(logits_NV, targets_N)
-    others_N = heads[1](hidden_ND).float().logsumexp(dim=1)
-    chosen_N = logits_NV.gather(1, targets_N[:, None]).squeeze(1)
-    return (torch.logaddexp(logits_NV.logsumexp(dim=1), others_N) - chosen_N).mean()
+    if mix is Joint:
+        logits_NV = torch.cat([transformer.text_logits(hidden_ND), transformer.visual_logits(hidden_ND)], dim=1)
+        return F.cross_entropy(logits_NV.float(), targets_N)
+    if segments[-1].modality is Modality.TEXT:
+        return token_loss(hidden_ND, transformer.text_table, targets_N).loss
+    return token_loss(hidden_ND, transformer.visual_table, targets_N - transformer.vocabulary.first_code).loss
 
 
 def share_weights(transformer: MarsTransformer) -> None:

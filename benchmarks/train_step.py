@@ -7,7 +7,7 @@
     select   both experts on every position, then a select, in every layer
     routed   each expert on its own positions, gathered before and scattered after, in every layer
     shared   one dense model, trained in full; its loss is over codes or over text ids alone, as ours
-    joint    the same with one vocabulary and a loss over all of it, as when an LLM's vocabulary is enlarged by codes
+    joint    the same with one vocabulary and a plain loss over all of it, as when an LLM's vocabulary is enlarged
 
 The LLM's real weights, a visual expert copied from it in every layer, 8,192 codes. A step is forward, backward and
 AdamW (PyTorch's fastest, `fused`, for all). `ours`, `select` and `routed` have the same weights and batch, and their
