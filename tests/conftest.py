@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import gc
 import io
 import json
 import random
@@ -241,6 +242,27 @@ def tiny_codes(tiny_pictures: Path, tiny_model: Path) -> Path:
     out = tiny_pictures.with_suffix(".parquet")
     encode_pictures(tiny_pictures, tokenizer=tokenizer, digest=codes_digest(tokenizer), out=out)
     return out
+
+
+@pytest.fixture
+def peak() -> Callable[[Callable[[], object]], int]:
+    """Measures by how many bytes the most memory that the process holds lies above what it held before some work."""
+
+    def held(name: str) -> int:
+        lines = Path("/proc/self/status").read_text("ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+    def measure(work: Callable[[], object]) -> int:
+        gc.collect()
+        try:
+            Path("/proc/self/clear_refs").write_text("5", "ascii")  # the high-water mark starts again from here
+            before = held("VmRSS")
+        except OSError:
+            pytest.skip("only Linux tells how much memory was held")
+        work()
+        return held("VmHWM") - before
+
+    return measure
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mars.errors import ConfigError
 from mars.model.config import LanguageConfig, ModelConfig, SemVIEConfig
-from mars.model.language_tensors import hub_name
+from mars.model.language_tensors import hub_name, language_shapes
 from mars.model.semvie import SemVIELayer
-from mars.model.transformer import MarsTransformer, is_language
+from mars.model.transformer import MarsTransformer, build_transformer, is_language, start_visual
 from mars.sequence.layout import (
     IGNORE,
     Modality,
@@ -346,3 +346,64 @@ def test_the_low_code_that_a_position_refines_is_added_to_its_input(build: Build
         wanted = wanted + transformer.visual_grid["rows"][row] + transformer.visual_grid["columns"][column]
         code = transformer.visual_embedding.weight[low[0, row // 2, column // 2]]
         torch.testing.assert_close(embedded[0, number], wanted + transformer.low_projection.weight @ code)
+
+
+@pytest.mark.parametrize("options", ["paper", "pocket"])
+def test_activations_that_are_computed_again_change_no_gradient_by_a_bit(
+    build_tiny: Build, pocket: dict[str, Any], options: str
+) -> None:
+    transformer = build_tiny(**(pocket if options == "pocket" else {}))
+    for loss in (draw_loss, caption_loss):
+        gradients = []
+        for recompute in (False, True):
+            transformer.recompute = recompute
+            transformer.zero_grad()
+            torch.manual_seed(0)  # the losses draw their codes
+            loss(transformer).backward()
+            gradients.append({name: weight.grad for name, weight in transformer.visual_tensors().items()})
+        for name, gradient in gradients[0].items():
+            again = gradients[1][name]
+            assert (gradient is None) == (again is None)
+            if gradient is not None and again is not None:
+                assert torch.equal(gradient, again)
+
+
+def test_activations_that_are_computed_again_take_less_memory(peak: Callable[[Callable[[], object]], int]) -> None:
+    language = LanguageConfig(
+        vocab_size=16, width=32, num_layers=6, num_heads=2, num_kv_heads=2, head_width=16, ffn=1024, rope_theta=1e4,
+        norm_eps=1e-5, max_positions=512, tied_embeddings=True,
+    )  # fmt: skip
+    weights = {name: torch.randn(shape) * shape[-1] ** -0.5 for name, shape in language_shapes(language).items()}
+    transformer = build_transformer(ModelConfig(language=language, num_codes=64), weights)
+    start_visual(transformer, generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(64, (16, 16, 16))
+
+    def learn() -> None:
+        segment = drawn_image(codes, transformer.vocabulary)
+        transformer(segment, transformer.new_cache()).square().mean().backward()
+
+    learn()
+    held = {}
+    for recompute in (False, True):
+        transformer.recompute = recompute
+        held[recompute] = peak(learn)
+    assert held[True] < 0.5 * held[False]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler about itself
+def test_compiled_layers_give_the_same_gradients(build_tiny: Build, pocket: dict[str, Any]) -> None:
+    plain, compiled = build_tiny(**pocket), build_tiny(**pocket)
+    compiled.compile_layers()
+    for recompute in (False, True):
+        compiled.recompute = recompute
+        for loss in (draw_loss, caption_loss):
+            for transformer in (plain, compiled):
+                transformer.zero_grad()
+                torch.manual_seed(0)
+                loss(transformer).backward()
+            for name, weight in plain.visual_tensors().items():
+                found = compiled.visual_tensors()[name].grad
+                assert (weight.grad is None) == (found is None)
+                if weight.grad is not None:
+                    torch.testing.assert_close(found, weight.grad, rtol=1e-3, atol=1e-5)

@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -71,23 +70,7 @@ def test_under_autocast_it_is_what_autocast_gives(problem: Problem) -> None:
         assert one.dtype is torch.float32
 
 
-def peak(work: Callable[[], object]) -> int:
-    """Bytes by which the most memory ever held by the process lies above what it holds before `work`."""
-
-    def held(name: str) -> int:
-        lines = Path("/proc/self/status").read_text("ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-    try:
-        Path("/proc/self/clear_refs").write_text("5", "ascii")  # the high-water mark starts again from here
-        before = held("VmRSS")
-    except OSError:
-        pytest.skip("only Linux tells how much memory was held")
-    work()
-    return held("VmHWM") - before
-
-
-def test_memory_does_not_grow_with_positions_times_vocabulary() -> None:
+def test_memory_does_not_grow_with_positions_times_vocabulary(peak: Callable[[Callable[[], object]], int]) -> None:
     vocabulary, width = 8192, 16
     table = torch.randn(vocabulary, width).requires_grad_()
 

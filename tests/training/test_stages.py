@@ -1,6 +1,7 @@
 import math
 import tomllib
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,25 @@ def test_every_configuration_that_comes_along_loads(path: Path) -> None:
 
 def test_the_codes_that_come_along_are_those_of_the_image_tokenizer_that_does() -> None:
     config = load_config(StageConfig, ROOT / "configs" / "mini-pretrain.toml")
+    assert config.model.image_tokenizer is not None
     tokenizer, _ = load_image_tokenizer(ROOT / config.model.image_tokenizer)
     for shard in config.data.shards:
         coded, digest = read_codes(ROOT / shard)
         assert digest == codes_digest(tokenizer)
         assert {item.record.split for item in coded} > {"train"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_a_configuration_at_the_scale_of_the_paper(stage: str) -> None:
+    config = load_config(StageConfig, ROOT / "configs" / f"paper-{stage}.toml")
+    assert config.stage == stage
+    assert config.mix.keys() == STAGES[stage].tasks.keys()
+    assert not STAGES[stage].needs_model or config.model.start_from is not None
+    assert config.optimizer.betas == (0.9, 0.95)
+    assert config.optimizer.warmup == config.steps // 100
+
+
+def test_every_stage_continues_what_the_one_before_it_makes() -> None:
+    stages = [load_config(StageConfig, ROOT / "configs" / f"paper-{stage}.toml") for stage in STAGES]
+    for before, after in pairwise(stages):
+        assert after.model.start_from == before.out / "model"
