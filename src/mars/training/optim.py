@@ -100,7 +100,7 @@ def build_optimizers(
     groups: list[dict[str, object]] = [{"params": tables, "weight_decay": 0.0, "lr": config.learning_rate}]
     if config.name == "adamw":
         groups.append({"params": matrices, "weight_decay": config.weight_decay, "lr": config.learning_rate})
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=config.betas)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=config.betas, fused=True)]
     if config.name == "muon":
         optimizers.append(Muon(matrices, lr=config.matrix_rate, weight_decay=config.weight_decay, dtype=dtype))
     for optimizer in optimizers:

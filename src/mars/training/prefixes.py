@@ -8,8 +8,9 @@ import torch
 from mars.model.cache import Prefix
 from mars.model.transformer import MarsTransformer, read_prefixes
 
-ROWS, WIDTH = 32, 4
-"""Captions are read `ROWS` at a time and padded to a multiple of `WIDTH` ids."""
+ROWS, IDS, WIDTH = 32, 512, 4
+"""Captions are padded to a multiple of `WIDTH` ids and read so many at a time: `ROWS`, or fewer if they have more than
+`IDS` ids together, because a batch of long captions has few of each length and would be mostly filler."""
 
 
 class PrefixStore:
@@ -70,7 +71,8 @@ class PrefixStore:
         batches: list[list[tuple[int, ...]]] = []
         for _, group in groupby(sorted(rows, key=lambda row: (len(row), row)), key=_padded):
             rest = list(group)
-            batches += [rest[start : start + ROWS] for start in range(0, len(rest), ROWS)]
+            count = _together(rest[0])
+            batches += [rest[start : start + count] for start in range(0, len(rest), count)]
         found: dict[tuple[int, ...], Prefix] = {}
         others = self.most(len(batches)) - len(batches)
         for batch in batches:
@@ -86,12 +88,17 @@ class PrefixStore:
         the same to the bit whatever is read beside it, so that a resumed run sees what the first one saw.
         """
         self.lengths += map(len, rows)
-        filler = [(0,) * _padded(rows[0])] * (ROWS + 1 - len(rows))
+        filler = [(0,) * _padded(rows[0])] * (_together(rows[0]) + 1 - len(rows))
         return dict(zip(rows, read_prefixes(self.transformer, [*rows, *filler]), strict=False))
 
 
 def _padded(row: Sequence[int]) -> int:
     return -(-len(row) // WIDTH) * WIDTH
+
+
+def _together(row: Sequence[int]) -> int:
+    """How many captions of the length of this one are read together: of its length alone, so that shapes are too."""
+    return max(1, min(ROWS, IDS // _padded(row)))
 
 
 def _bytes(prefix: Prefix) -> int:
