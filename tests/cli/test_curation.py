@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.data.conftest import art, encoded
 
 from mars.data.shards import Caption, Picture, Record, read_pictures, write_pictures
+from tests.data.conftest import art, encoded
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tests.data.conftest import art, encoded
 
 from mars.data.endpoint import PROMPTS, Endpoint
 from mars.data.recaption import NoAnswer, UnusableAnswer, recaption
 from mars.data.shard_folder import ShardFolder
 from mars.data.shards import Caption, Picture, Record, read_pictures
 from mars.errors import DataError
+from tests.data.conftest import art, encoded
 
 TEXTS = {
     "en": "A soft field of colours that run into each other, with a bright patch in the upper left corner.",

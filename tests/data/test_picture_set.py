@@ -1,12 +1,12 @@
 from pathlib import Path
 
 import pytest
-from tests.data.conftest import art, encoded
 
 from mars.data.picture_set import set_digest, set_size
 from mars.data.shard_folder import ShardFolder
 from mars.data.shards import Picture, Record, write_pictures
 from mars.errors import DataError
+from tests.data.conftest import art, encoded
 
 
 def pictures(count: int) -> list[Picture]:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from tests.data.conftest import art, encoded
 
 from mars.data.recaption import GIVE_UP, MOST_UNITS, AnswerCache, NoAnswer, UnusableAnswer, fault_of, recaption
 from mars.data.shard_folder import ShardFolder
 from mars.data.shards import Caption, Picture, Record, read_pictures
 from mars.errors import DataError
+from tests.data.conftest import art, encoded
 
 EN, ZH = (
     "A small red house stands on a green hill under a blue sky.",

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.data.conftest import SpoiledFolder, art, encoded
 
 from mars.data.ingestion.ingest import ingest
 from mars.data.ingestion.records import CaptionColumn, Columns
 from mars.data.shard_folder import ShardFolder
 from mars.data.shards import Caption, Picture, Record
+from tests.data.conftest import SpoiledFolder, art, encoded
 
 MakePicture = Callable[..., Picture]
 

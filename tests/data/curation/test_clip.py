@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tests.data.conftest import art
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from mars.data.curation.clip import Clip, ClipAesthetic, ClipScore
@@ -17,6 +16,7 @@ from mars.data.curation.config import ScorerConfig
 from mars.data.curation.scorers import open_scorer
 from mars.data.shards import Caption
 from mars.errors import ModelError
+from tests.data.conftest import art
 
 WORDS = ["<|startoftext|>", "<|endoftext|>", "a", "red", "house", "hill", "on", "the", "blue"]
 SIDE, CONTEXT, WIDTH = 32, 7, 24

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.data.conftest import SpoiledFolder
 
 from mars.config import from_dict
 from mars.data.curation import curate as module
@@ -19,6 +18,7 @@ from mars.data.curation.config import CurationConfig
 from mars.data.curation.curate import curate
 from mars.data.shards import Picture, read_pictures
 from mars.errors import DataError
+from tests.data.conftest import SpoiledFolder
 
 RULES = {
     "size": {"least_side": 32},

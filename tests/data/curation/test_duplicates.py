@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tests.data.conftest import art
 
 from mars.data.curation.duplicates import CELLS, HammingIndex, colours, nearest_kept, perceptual_hash
+from tests.data.conftest import art
 
 Hashes = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=8)
 

@@ -3,12 +3,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.data.conftest import art
 
 from mars.data.curation.duplicates import perceptual_hash
 from mars.data.curation.removal import RemovalList
 from mars.data.shards import Picture
 from mars.errors import DataError
+from tests.data.conftest import art
 
 URL = "https://pictures.example/a.png"
 

@@ -2,13 +2,13 @@ from collections.abc import Callable, Sequence
 
 import pytest
 from PIL import Image
-from tests.data.conftest import art, png_that_claims
 
 from mars.config import from_dict
 from mars.data.curation.config import CurationConfig
 from mars.data.curation.rules import Judge, Judgement, kept_captions
 from mars.data.shards import Caption, Picture
 from mars.errors import ConfigError
+from tests.data.conftest import art, png_that_claims
 
 EN, ZH, RU = "a small red house on a hill", "山上有一座红色的小房子", "Маленький красный дом на холме у реки"
 

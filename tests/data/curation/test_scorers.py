@@ -3,11 +3,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
-from tests.data.conftest import art
 
 from mars.data.curation.config import ScorerConfig
 from mars.data.curation.scorers import Colourfulness, Scorer, Sharpness, open_scorer
 from mars.errors import ConfigError
+from tests.data.conftest import art
 
 HERE = "mars.data.curation.scorers"
 
