@@ -207,6 +207,8 @@ class MarsModel:
     """Of the weights in memory."""
     folder: Path | None = None
     """Where it was opened."""
+    lora: str | None = None
+    """The adapter that was merged into the visual expert, and how strongly."""
 
 
 def save_image_tokenizer(folder: Path, tokenizer: ImageTokenizer, *, dtype: torch.dtype = torch.float32) -> None:
@@ -330,11 +332,18 @@ def _digest(visual: Mapping[str, Tensor], codec: Mapping[str, Tensor]) -> str:
 
 
 def load_model(
-    folder: Path, *, precision: Precision = "fp32", notify: Callable[[str], None] | None = None
+    folder: Path,
+    *,
+    precision: Precision = "fp32",
+    notify: Callable[[str], None] | None = None,
+    merge: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> MarsModel:
     """Opens a model's folder and the LLM that it names.
 
     Weights of less than fp32 are rounded one after the other as they are read: they never stand whole in memory.
+
+    Args:
+        merge: called with the visual tensors before they are rounded; gives those that take the place of others.
 
     Raises:
         ConfigError: for an unknown precision.
@@ -366,7 +375,7 @@ def load_model(
     if llm.config != config.language:
         raise CheckpointError(f"{folder / 'config.json'} does not describe {info.language}; its language part is wrong")
     visual = {name: tensor.float() for name, tensor in stored.items()} if precision == "fp32" else stored
-    transformer = build_transformer(config, llm.tensors, visual=visual)
+    transformer = build_transformer(config, llm.tensors, visual={**visual, **(merge(visual) if merge else {})})
     lower_precision(transformer, precision)
     return MarsModel(
         info=info,
