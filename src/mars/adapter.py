@@ -110,7 +110,7 @@ def _read_config(path: Path) -> tuple[int, float]:
     """Rank and scale."""
     table = read_json(path)
     rank, alpha = table.get("r"), table.get("lora_alpha")
-    if table.get("peft_type") != "LORA" or type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+    if table.get("peft_type") != "LORA" or type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
         raise CheckpointError(
             f"{path} must be of peft_type LORA with numbers r and lora_alpha, got {table.get('peft_type')!r}, "
             f"{rank!r} and {alpha!r}"
