@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
+from mars.cli.edits import edits
 from mars.cli.options import Debug
 from mars.cli.progress import bar
 
 data_app = typer.Typer(help="Make and encode picture sets.", no_args_is_help=True)
+data_app.command()(edits)
 
 
 @data_app.command()

@@ -1,0 +1,78 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mars.data.documents import Document, Grid, Text, read_documents, write_documents
+from mars.errors import DataError
+
+CODES = np.arange(6, dtype=np.int32).reshape(2, 3)
+
+
+def document(*parts: Text | Grid) -> Document:
+    return Document(key="d", split="train", source="t", licence="CC0", parts=parts)
+
+
+def plain(found: Document) -> list[Any]:
+    return [part if isinstance(part, Text) else (part.role, part.codes.tolist()) for part in found.parts]
+
+
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    written = [
+        document(Grid(codes=CODES, role="source"), Text(text="把它变成蓝色", learned=False), Grid(codes=CODES + 32761)),
+        document(Text(text="a"), Grid(codes=CODES.T), Text(text=""), Grid(codes=CODES, role="read"), Text(text="b")),
+    ]
+    assert write_documents(tmp_path / "new" / "d.parquet", iter(written), tokenizer="digest") == 2
+    found, digest = read_documents(tmp_path / "new" / "d.parquet")
+    assert digest == "digest"
+    assert [plain(one) for one in found] == [plain(one) for one in written]
+    assert [one.key for one in found] == ["d", "d"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ((), "must hold a text or an image, got none"),
+        ((Text(text="a"), Text(text="b"), Grid(codes=CODES)), "has two texts side by side; make them one"),
+        ((Text(text="a"),), "must hold an image that is drawn, or a learned text after an image"),
+        ((Grid(codes=CODES, role="read"), Text(text="a", learned=False)), "must hold an image that is drawn"),
+    ],
+)
+def test_a_document_that_teaches_nothing_is_one_line(parts: tuple[Text | Grid, ...], message: str) -> None:
+    with pytest.raises(DataError, match=f"document d {message}"):
+        document(*parts)
+
+
+def test_a_file_that_is_none_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "d.parquet"
+    with pytest.raises(DataError, match="no documents at .*d.parquet; make some with `mars data edits`"):
+        read_documents(path)
+    path.write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="is no file of documents"):
+        read_documents(path)
+    pq.write_table(pa.table({"key": ["a"]}).replace_schema_metadata({"image_tokenizer": "d"}), path)
+    with pytest.raises(DataError, match="is no file of documents"):
+        read_documents(path)
+
+
+@pytest.mark.parametrize("change", [{"role": "drwan"}, {"rows": 4}, {"codes": None}])
+def test_an_image_that_cannot_be_used_is_one_line(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "d.parquet"
+    write_documents(path, [document(Grid(codes=CODES))], tokenizer="d")
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    rows[0]["parts"][0] |= change
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    with pytest.raises(DataError, match="is no file of documents"):
+        read_documents(path)
+
+
+def test_nothing_is_written_of_what_cannot_be_stored(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="must hold at least one, got none"):
+        write_documents(tmp_path / "d.parquet", [], tokenizer="d")
+    with pytest.raises(DataError, match="codes must be below 32768 to be stored, got 40005"):
+        write_documents(tmp_path / "d.parquet", [document(Grid(codes=CODES + 40000))], tokenizer="d")
+    assert list(tmp_path.iterdir()) == []
