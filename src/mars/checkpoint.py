@@ -275,14 +275,19 @@ def save_model(
     info: ModelInfo,
     transformer: MarsTransformer,
     image_tokenizer: ImageTokenizer,
+    visual: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> None:
     """Writes the visual side of a model into an existing folder; the LLM is only named.
 
+    Args:
+        visual: tensors to store in place of the transformer's own, such as their average.
+
     Raises:
         CheckpointError: if a file cannot be written.
     """
-    tensors = {name: tensor.detach().to(dtype) for name, tensor in transformer.visual_tensors().items()}
+    chosen = transformer.visual_tensors() if visual is None else visual
+    tensors = {name: tensor.detach().to(dtype) for name, tensor in chosen.items()}
     save_tensors(folder / "visual.safetensors", tensors)
     save_image_tokenizer(folder, image_tokenizer, dtype=dtype)
     write_json(folder / "config.json", {**to_dict(info), "model": to_dict(transformer.config)})

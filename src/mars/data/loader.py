@@ -31,6 +31,7 @@ class Loader:
         shards: code shards; all must come from the same image tokenizer.
         kinds: how often each kind of caption is chosen, relative; kinds that are not named are never trained on.
         languages: likewise for languages.
+        splits: which pictures are drawn from.
     """
 
     def __init__(
@@ -40,12 +41,13 @@ class Loader:
         seed: int,
         kinds: Mapping[str, float],
         languages: Mapping[str, float],
+        splits: Sequence[str] = ("train",),
     ) -> None:
         coded: list[CodedPicture] = []
         digests = set()
         for shard in shards:
             found, digest = read_codes(shard)
-            coded += [item for item in found if item.record.split == "train"]
+            coded += [item for item in found if item.record.split in splits]
             digests.add(digest)
         if len(digests) > 1:
             raise DataError(f"code shards must come from one image tokenizer, got {len(digests)}: encode them again")
@@ -60,6 +62,8 @@ class Loader:
             raise DataError(f"{', '.join(map(str, shards))} hold no picture to train on with captions of {list(kinds)}")
         if len(grids := {tuple(codes.shape) for codes, *_ in self.choices}) > 1:
             raise DataError(f"pictures of one stage must share one code grid, got {sorted(grids)}; use other shards")
+        self.grids = [(int(rows), int(columns)) for rows, columns in grids]
+        """(rows, columns) of the pictures' codes."""
         self.seed = seed
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)

@@ -121,6 +121,21 @@ class Cache:
         self.padded[True] = not bool(mask_BS.all())
 
 
+class LayerCache:
+    """The keys and values of one layer alone."""
+
+    def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
+        self.keys = keys
+        self.values = values
+
+    def extend(self, layer: int, k_BGTE: Tensor, v_BGTE: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """As `Cache.extend`."""
+        if self.keys is not None and self.values is not None:
+            k_BGTE, v_BGTE = torch.cat([self.keys, k_BGTE], dim=2), torch.cat([self.values, v_BGTE], dim=2)
+        self.keys, self.values = k_BGTE, v_BGTE
+        return k_BGTE, v_BGTE
+
+
 class StaticCache(Cache):
     """A cache of fixed size, filled in place: for inference. It holds (layers, B, G, size, E) keys and values.
 

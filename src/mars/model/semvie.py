@@ -8,7 +8,7 @@ Letters: B batch, T positions, S columns, D width of the segment's modality.
 
 from torch import Tensor, nn
 
-from mars.model.cache import Cache
+from mars.model.cache import Cache, LayerCache
 from mars.model.config import ModelConfig
 from mars.model.layers import Expert, attend
 from mars.model.rope import rotate
@@ -48,7 +48,7 @@ class SemVIELayer(nn.Module):
         self.qk_norm = language.qk_norm
 
     def forward(
-        self, x_BTD: Tensor, modality: Modality, *, cache: Cache, rotary: Tensor, mask: Tensor | None
+        self, x_BTD: Tensor, modality: Modality, *, cache: Cache | LayerCache, rotary: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Runs one segment's positions and leaves their keys and values in the cache. (B, T, D), the same out."""
         expert = self.language if modality is Modality.TEXT else self.visual
@@ -65,3 +65,17 @@ class SemVIELayer(nn.Module):
         output = expert.o_proj if hasattr(expert, "o_proj") else self.language.o_proj
         x_BTD = x_BTD + output(mixed)
         return x_BTD + expert.feed_forward(norms.ffn_norm(x_BTD))
+
+    def alone(
+        self,
+        x_BTD: Tensor,
+        keys: Tensor | None,
+        values: Tensor | None,
+        modality: Modality,
+        rotary: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The same as a function of tensors alone: keys and values so far go in, and come out with the segment's."""
+        cache = LayerCache(keys, values)
+        x_BTD = self(x_BTD, modality, cache=cache, rotary=rotary, mask=mask)
+        return x_BTD, cache.keys, cache.values

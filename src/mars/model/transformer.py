@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mars.errors import RequestError
 from mars.model.cache import Cache, Prefix, StaticCache
@@ -51,6 +52,9 @@ class MarsTransformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
+        """Whether layers keep no activations for a backward pass, and compute them again there."""
+        self.compiled = False
         language, width = config.language, config.visual_width
         self.vocabulary = Vocabulary(text_size=language.vocab_size, num_codes=config.num_codes)
         self.rotary = Rotary(language.head_width, theta=language.rope_theta, scaling=language.rope_scaling)
@@ -86,10 +90,30 @@ class MarsTransformer(nn.Module):
         for index, layer in enumerate(self.layers):
             if segment.modality is Modality.TEXT or index in visual_layers:
                 mask = masks[index in visual_layers]
-                x_BTD = layer(x_BTD, segment.modality, cache=cache, rotary=rotary, mask=mask)
+                x_BTD = self._run(layer, x_BTD, segment.modality, cache=cache, rotary=rotary, mask=mask)
         if segment.modality is Modality.TEXT or self.config.semvie.share_norms:
             return cast(Tensor, self.language_norm(x_BTD))
         return cast(Tensor, self.visual_norm(x_BTD))
+
+    def _run(
+        self, layer: nn.Module, x_BTD: Tensor, modality: Modality, *, cache: Cache, rotary: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """One layer; as a function of tensors alone where it is compiled, or computed again in the backward pass."""
+        assert isinstance(layer, SemVIELayer)
+        recompute = self.recompute and torch.is_grad_enabled()
+        if not (recompute or self.compiled):
+            return cast(Tensor, layer(x_BTD, modality, cache=cache, rotary=rotary, mask=mask))
+        arguments = (x_BTD, cache.keys[layer.index], cache.values[layer.index], modality, rotary, mask)
+        found = checkpoint(layer.alone, *arguments, use_reentrant=False) if recompute else layer.alone(*arguments)
+        x_BTD, cache.keys[layer.index], cache.values[layer.index] = found
+        return x_BTD
+
+    def compile_layers(self) -> None:
+        """Compiles every layer at its first use, for training; a static cache is filled in place and cannot be used."""
+        self.compiled = True
+        for layer in self.layers:
+            assert isinstance(layer, SemVIELayer)
+            layer.alone = torch.compile(layer.alone, dynamic=True)  # type: ignore[method-assign]
 
     @property
     def released(self) -> bool:
@@ -100,6 +124,11 @@ class MarsTransformer(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of hidden states, keys and values; tables may be kept in fewer bits."""
         return self.language_norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.language_norm.weight.device
 
     def embed(self, segment: Segment) -> Tensor:
         """Ids of one modality to the first hidden states (B, T, D)."""
@@ -129,6 +158,16 @@ class MarsTransformer(nn.Module):
         if hasattr(self, "language_head"):
             return cast(Tensor, self.language_head(hidden_BTD))
         return nn.functional.linear(hidden_BTD, self.language_embedding.weight)
+
+    @property
+    def text_table(self) -> Tensor:
+        """(V, D) the weights of `text_logits`: the head's, or the embedding's where both are one."""
+        return self.language_head.weight if hasattr(self, "language_head") else self.language_embedding.weight
+
+    @property
+    def visual_table(self) -> Tensor:
+        """(visual rows, D) the weights of `visual_logits`."""
+        return self.visual_head.weight
 
     def special_logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits of special and dead ids at text positions: how text predicts `<img>`."""
@@ -182,7 +221,7 @@ class MarsTransformer(nn.Module):
 def read_prefixes(transformer: MarsTransformer, rows: Sequence[Sequence[int]]) -> list[Prefix]:
     """Runs rows of text ids through the language expert alone; what image positions will look back at, row by row."""
     cache = transformer.new_cache()
-    hidden_BTD = transformer(text_segment(rows), cache)
+    hidden_BTD = transformer(text_segment(rows).to(transformer.device), cache)
     return cache.prefixes(hidden_BTD)
 
 

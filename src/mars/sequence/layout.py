@@ -10,8 +10,9 @@ Letters: B batch, T positions, R rows, C columns, N = R * C codes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,13 @@ class Segment:
     """Image only: columns of the code grid."""
     start: int = 0
     """Image only: place of the first position, 0 being `<img>`; position p predicts code p in raster order."""
+
+    def to(self, device: torch.device) -> "Segment":
+        """The same on a device."""
+        moved: dict[str, Any] = {
+            name: tensor.to(device) for name, tensor in vars(self).items() if isinstance(tensor, Tensor)
+        }
+        return replace(self, **moved)
 
 
 def pad(rows: Sequence[Sequence[int]], *, fill: int) -> tuple[Tensor, Tensor | None]:

@@ -1,24 +1,18 @@
-"""AdamW, Muon, and the schedule of their rates."""
+"""AdamW, Muon, the schedule of their rates, and an average of the weights."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from mars.errors import CheckpointError
 from mars.training.stages import OptimizerConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)."""
-
-
-def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bf16 matrices in units of their own (AMX): ten times the speed of fp32, measured.
-
-    A CPU without them is a hundred times slower in bf16 than in fp32.
-    """
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
 def orthogonalize(matrices: Tensor, *, iterations: int = 5) -> Tensor:
@@ -104,3 +98,67 @@ def rate_at(step: int, *, steps: int, config: OptimizerConfig) -> float:
     if config.decay is not None:
         return min(warm, (steps - step) / max(1, config.decay), 1.0)
     return warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def optimizer_tensors(optimizers: Iterable[torch.optim.Optimizer], names: Mapping[int, str]) -> dict[str, Tensor]:
+    """What optimizers remember, as `NUMBER/WEIGHT/SLOT`.
+
+    Args:
+        names: of each weight, by its `id`.
+    """
+    return {
+        f"{number}/{names[id(weight)]}/{slot}": torch.as_tensor(value)
+        for number, optimizer in enumerate(optimizers)
+        for weight, slots in optimizer.state.items()
+        for slot, value in slots.items()
+    }
+
+
+def restore_optimizers(
+    optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter]
+) -> None:
+    """Puts back what `optimizer_tensors` gave; a weight that had no state yet has none.
+
+    Raises:
+        CheckpointError: if something belongs to no weight, or has another shape than its weight.
+    """
+    groups = [{id(weight) for group in one.param_groups for weight in group["params"]} for one in optimizers]
+    for key, value in tensors.items():
+        number, name, slot = key.split("/")
+        weight = weights.get(name)
+        fits = weight is not None and int(number) < len(groups) and id(weight) in groups[int(number)]
+        if weight is None or not fits or (value.dim() and value.shape != weight.shape):
+            raise CheckpointError(f"the optimizer's state has {key}, which fits no weight that is trained")
+        optimizers[int(number)].state[weight][slot] = value if value.dim() else value.cpu()  # a count of steps
+
+
+class Average:
+    """A moving average of weights (Polyak and Juditsky 1992), younger at first: the decay grows from 0.1 with the steps
+    as min(decay, (1 + step) / (10 + step))."""
+
+    def __init__(self, weights: Mapping[str, Tensor], *, decay: float) -> None:
+        self.decay = decay
+        self.values = {name: weight.detach().clone() for name, weight in weights.items()}
+
+    @torch.no_grad()
+    def update(self, weights: Mapping[str, Tensor], *, step: int) -> None:
+        """After a step, the first being 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, value in self.values.items():
+            value.lerp_(weights[name], 1 - decay)
+
+    @contextmanager
+    def swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """The weights hold the average inside the block, and what they were after it."""
+        self._swap(weights)
+        try:
+            yield
+        finally:
+            self._swap(weights)
+
+    @torch.no_grad()
+    def _swap(self, weights: Mapping[str, Tensor]) -> None:
+        for name, value in self.values.items():
+            kept = weights[name].clone()
+            weights[name].copy_(value)
+            value.copy_(kept)

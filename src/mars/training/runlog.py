@@ -9,6 +9,9 @@ from typing import Any
 
 from PIL import Image
 
+from mars.errors import TrainingError
+from mars.files import reason
+
 
 def _step_of(line: str) -> float:
     try:
@@ -21,6 +24,7 @@ class RunLog:
     """Appends to a run's folder; a resumed run drops what an earlier one wrote beyond its checkpoint."""
 
     def __init__(self, folder: Path, *, step: int = 0) -> None:
+        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "log.jsonl"
         if path.is_file():
@@ -35,12 +39,17 @@ class RunLog:
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line of numbers."""
-        self.file.write(json.dumps({"step": step, "time": round(time.time(), 1), **values}) + "\n")
-        self.file.flush()
-        if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+        """One line of numbers; TrainingError if it cannot be written."""
+        try:
+            self.file.write(json.dumps({"step": step, "time": round(time.time(), 1), **values}) + "\n")
+            self.file.flush()
+            if self.board is not None:
+                for name, value in values.items():
+                    self.board.add_scalar(name, value, step)
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write the log in {self.folder}: {reason(error)}; make room and run again"
+            ) from error
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:
         """One picture, to TensorBoard only."""

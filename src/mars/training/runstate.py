@@ -1,8 +1,11 @@
-"""What keeps a run whole: its numbers stay finite, and a second run over its folder is the same run."""
+"""What keeps a run whole: its numbers stay finite, its files are what was written, and a second run over its folder is
+the same run."""
 
+import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mars.checkpoint import read_json, write_json
 from mars.errors import CheckpointError, ConfigError, TrainingError
@@ -22,17 +25,47 @@ def check_finite(values: Mapping[str, float], *, step: int, last: Path) -> None:
     """
     for name, value in values.items():
         if not math.isfinite(value):
-            rest = f"continue from {last}" if last.is_dir() else "nothing was saved yet, start again"
-            raise TrainingError(f"{name} must be finite, got {value} at step {step}; {rest} with a lower rate")
+            raise TrainingError(f"{name} must be finite, got {value} at step {step}; {continue_from(last)}")
 
 
-def write_state(folder: Path, *, step: int, fixed: Mapping[str, int | str]) -> None:
-    """Stores how far a run is, and what a run that continues it must share."""
-    write_json(folder / FILE, {"step": step, **fixed})
+def continue_from(last: Path) -> str:
+    """What to do after a run diverged."""
+    rest = f"continue from {last}" if last.is_dir() else "nothing was saved yet, start again"
+    return f"{rest} with a lower rate"
 
 
-def read_state(folder: Path, *, fixed: Mapping[str, int | str]) -> int:
-    """The step that a run is at. What an older state does not hold is not compared.
+def write_state(
+    folder: Path, *, step: int, fixed: Mapping[str, int | str], progress: Mapping[str, Any] | None = None
+) -> None:
+    """Stores how far a run is, beside everything else that it saved: to be called last.
+
+    Args:
+        fixed: what a run that continues it must share.
+        progress: what else it must know, ready for JSON.
+    """
+    files = {str(path.relative_to(folder)): _digest(path) for path in _files(folder)}
+    write_json(folder / FILE, {"step": step, **fixed, "progress": dict(progress or {}), "files": files})
+
+
+def check_files(folder: Path) -> None:
+    """Compares every file of a saved state with its digest.
+
+    Raises:
+        CheckpointError: naming the first that is missing or another.
+    """
+    files = read_json(folder / FILE).get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{folder / FILE} must hold the digests of its files, got {type(files).__name__}")
+    for name, wanted in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        if _digest(path) != wanted:
+            raise CheckpointError(f"{path} is damaged: it is not what was written")
+
+
+def read_state(folder: Path, *, fixed: Mapping[str, int | str]) -> tuple[int, dict[str, Any]]:
+    """The step that a run is at, and what else it stored. What an older state does not hold is not compared.
 
     Raises:
         CheckpointError: if the state is missing or damaged.
@@ -48,4 +81,13 @@ def read_state(folder: Path, *, fixed: Mapping[str, int | str]) -> int:
                 f"{name} must stay {found}, with which {folder} was trained, got {wanted}; "
                 "set it back, or start anew with --set out=DIR"
             )
-    return step
+    return step, dict(state.get("progress") or {})
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / FILE)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

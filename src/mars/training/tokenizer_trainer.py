@@ -35,7 +35,7 @@ from mars.image_tokenizer.metrics import codebook_statistics, psnr
 from mars.image_tokenizer.model import ImageTokenizer, reconstruct
 from mars.image_tokenizer.quantizer import CodebookTrainer, rate_bias
 from mars.training.runlog import RunLog
-from mars.training.runstate import check_finite, read_state, write_state
+from mars.training.runstate import check_files, check_finite, read_state, write_state
 
 RATE_PICTURES = 2048
 """Pictures on which it is measured how common codes are."""
@@ -273,7 +273,8 @@ class TokenizerTrainer:
         return {"seed": self.config.seed, "batch_size": self.config.batch_size}
 
     def _resume(self) -> None:
-        step = read_state(self.last, fixed=self._fixed())
+        check_files(self.last)
+        step, _ = read_state(self.last, fixed=self._fixed())
         load_into(self.tokenizer, read_tensors(self.last / "image_tokenizer.safetensors"), where=str(self.last))
         state = read_tensors(self.last / "state.safetensors")
 

@@ -1,55 +1,37 @@
-"""The loop: batches to weights. A second run over the same folder continues the first, to the bit."""
+"""The loop: batches to weights. A second run over the same folder continues the first, to the bit.
 
+RUN/checkpoints/   what a run continues from (`training.checkpoints`); RUN/last and RUN/best link into it
+RUN/model/         the finished model, fp16
+RUN/log.jsonl      numbers, and RUN/tensorboard/ where the package is installed
+RUN/samples/       pictures
+RUN/skipped-step-000123.json   the batch after which a run gave up
+"""
+
+import json
+import math
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from mars.checkpoint import (
-    ModelInfo,
-    atomic_folder,
-    check_image_tokenizer,
-    codes_digest,
-    copy_tensors,
-    load_image_tokenizer,
-    read_info,
-    read_tensors,
-    recover_folder,
-    save_model,
-    save_tensors,
-)
-from mars.data.loader import Loader, Sample
-from mars.errors import CheckpointError, ConfigError
-from mars.model.base_llm import lasting_source, open_base_llm
-from mars.model.config import ModelConfig
-from mars.model.transformer import build_transformer, start_visual
-from mars.sequence.text import CAPTION_HINTS, TextTokenizer
-from mars.training.losses import Neighbours, PrefixStore, begin_image_loss, captioning_loss, text_to_image_loss
-from mars.training.optim import build_optimizers, has_fast_bf16, rate_at
+from mars.checkpoint import read_tensors, save_model
+from mars.errors import ConfigError, TrainingError
+from mars.files import whole_file
+from mars.training.checkpoints import Checkpoints
+from mars.training.meters import Meter, Pace, measured_peak, peak_memory
+from mars.training.optim import Average, build_optimizers, optimizer_tensors, rate_at, restore_optimizers
+from mars.training.process import Process, choose_device, has_fast_bf16
 from mars.training.runlog import RunLog
-from mars.training.runstate import check_finite, read_state, write_state
+from mars.training.runstate import continue_from, read_state, write_state
+from mars.training.setup import check_model, open_stage
 from mars.training.stages import StageConfig
-
-LOOKAHEAD = 24
-"""Steps whose captions are read at once."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a step learns from."""
-
-    samples: list[Sample]
-    texts: list[str] | None
-    """To draw from; null if the step learns captioning."""
-    rows: int
-    """Of codes that are learned."""
-
+from mars.training.tasks import Task, TaskContext, TaskMix
 
 Sampler = Callable[[Path, Sequence[str]], Image.Image]
 """Draws a grid of prompts with the model saved in a folder; the trainer itself cannot generate."""
@@ -59,221 +41,268 @@ Report = Callable[[int, Mapping[str, float]], None]
 class Trainer:
     """Runs a stage.
 
-    Letters: B batch, R rows, C columns.
+    Args:
+        process: where to compute and with whom; by default alone, on the device of the configuration.
+        notify: is told in a line what a person should know.
     """
 
-    def __init__(self, config: StageConfig, *, notify: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: StageConfig,
+        *,
+        process: Process | None = None,
+        notify: Callable[[str], None] | None = None,
+    ) -> None:
         self.config = config
+        self.notify = notify or (lambda _: None)
         if config.threads:
             torch.set_num_threads(config.threads)
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16())
+        self.process = process or Process(choose_device(config.device))
+        device = self.process.device
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16(device))
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        llm = open_base_llm(config.model.language, revision=config.model.revision, notify=notify)
-        self.text_tokenizer = TextTokenizer(llm.tokenizer, config=llm.tokenizer_config)
-        self.image_tokenizer, _ = load_image_tokenizer(config.model.image_tokenizer)
-        self.loader = Loader(
-            config.data.shards, seed=config.seed, kinds=config.data.kinds, languages=config.data.languages
-        )
-        wanted = codes_digest(self.image_tokenizer)
-        if self.loader.image_tokenizer != wanted:
-            raise CheckpointError(
-                f"the shards hold codes of image tokenizer {self.loader.image_tokenizer[:19]}…, but "
-                f"{config.model.image_tokenizer} is {wanted[:19]}…; encode the pictures again"
+        opened = open_stage(config, notify=notify)
+        self.info, self.image_tokenizer, self.transformer = opened.info, opened.image_tokenizer, opened.transformer
+        self.process.place(self.transformer)
+        self.transformer.recompute = config.recompute
+        if config.compile:
+            self.transformer.compile_layers()
+        self.mix = TaskMix(
+            TaskContext(
+                config=config,
+                process=self.process,
+                transformer=self.transformer,
+                text_tokenizer=opened.text_tokenizer,
+                loader=opened.loader,
+                held_out=opened.held_out,
             )
-        shapes = ModelConfig(
-            language=llm.config, semvie=config.model.semvie, num_codes=self.image_tokenizer.config.num_codes
-        )
-        self.transformer = build_transformer(shapes, llm.tensors)
-        codebook_VZ = self.image_tokenizer.quantizer.embedding.weight
-        start_visual(self.transformer, generator=torch.Generator().manual_seed(config.seed), codebook_VZ=codebook_VZ)
-        grid = self.loader.choices[0][0].shape
-        semvie = config.model.semvie
-        if semvie.grid_embedding and max(grid) > semvie.max_grid:
-            raise ConfigError(
-                f"model.semvie.max_grid must be at least {max(grid)} for codes of {grid[0]}x{grid[1]}, "
-                f"got {semvie.max_grid}"
-            )
-        self.info = ModelInfo(
-            name=config.name,
-            language=lasting_source(config.model.language),
-            language_revision=config.model.revision,
-            language_digest=llm.digest,
-            grids=((grid[0], grid[1]),),
-            factor=self.image_tokenizer.config.factor,
         )
         visual = self.transformer.visual_tensors()
-        named = [(name, visual[name]) for name in sorted(visual)]
-        self.optimizers = build_optimizers(named, config.optimizer, dtype=self.dtype)  # type: ignore[arg-type]
-        self.neighbours: Neighbours | None = None
-        if config.neighbours > 1:
-            self.neighbours = Neighbours(codebook_VZ, count=config.neighbours, spread=config.neighbour_spread)
-        self.prefixes = PrefixStore(self.transformer, gib=config.prefix_gib)
-        self.ids: dict[str, list[int]] = {}
+        if config.batch_size < config.accumulate * self.process.world:
+            raise ConfigError(
+                f"batch_size must be at least accumulate x processes, {config.accumulate} x {self.process.world}, "
+                f"got {config.batch_size}"
+            )
+        self.weights = {name: weight for name in sorted(visual) if isinstance(weight := visual[name], nn.Parameter)}
+        """All that is trained, by name."""
+        self.optimizers = build_optimizers(self.weights.items(), config.optimizer, dtype=self.dtype)
+        decay = config.optimizer.average
+        self.average = None if decay is None else Average(self.weights, decay=decay)
+        self.meter, self.since_save = Meter(), Meter()
         self.step = 0
-        if config.model.start_from is not None:
-            self._load_visual(config.model.start_from)
-        recover_folder(config.out / "last")
-        if (config.out / "last").is_dir():
-            self._resume()
+        self.skipped = 0
+        """Steps in a row whose numbers were not finite, up to now."""
+        self.fixed: dict[str, int | str] = {
+            "optimizer": config.optimizer.name,
+            "seed": config.seed,
+            "batch_size": config.batch_size,
+            "image_tokenizer": opened.loader.image_tokenizer,
+            "pictures": len(opened.loader),
+        }
+        """What decides the samples of each step; steps, rates and shares may change in a run that is continued."""
+        self.checkpoints = Checkpoints(config.out, keep=config.keep, process=self.process)
+        newest = self.process.decide(lambda: self.checkpoints.newest(notify=self.notify))
+        if newest is not None:
+            self._resume(newest)
 
-    def train(self, *, report: Report | None = None, sampler: Sampler | None = None) -> None:
-        """Trains to the last step and saves the model in `out/last` (fp32, resumable) and `out/model` (fp16)."""
-        config = self.config
-        started, images, kept = time.perf_counter(), 0, dict[str, list[float]]()
-        with closing(RunLog(config.out, step=self.step)) as log:
-            while self.step < config.steps:
-                losses = self.train_step()
-                self.step += 1
-                images += config.batch_size
-                for name, value in losses.items():
-                    kept.setdefault(name, []).append(value)
-                if self.step % config.report_every == 0:
-                    seconds = time.perf_counter() - started
-                    means = {name: sum(values) / len(values) for name, values in kept.items()}
-                    places = self.info.grids[0][0] * self.info.grids[0][1]
-                    means |= {"images_per_second": images / seconds, "tokens_per_second": images * places / seconds}
-                    log.write(self.step, means)
-                    if report is not None:
-                        report(self.step, means)
-                    started, images, kept = time.perf_counter(), 0, {}
-                samples = sampler is not None and self.step % config.sample_every == 0
-                if samples or self.step % config.save_every == 0 or self.step == config.steps:
-                    self.save()
-                if sampler is not None and samples:
-                    self._sample(sampler, log)
-            with atomic_folder(config.out / "model") as folder:
-                save_model(folder, info=self.info, transformer=self.transformer, image_tokenizer=self.image_tokenizer)
+    def train(
+        self,
+        *,
+        report: Report | None = None,
+        sampler: Sampler | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Trains to the last step and saves the model in `out/model` (fp16); returns whether it came so far.
 
-    def train_step(self) -> dict[str, float]:
-        """One step; a function of the weights and the step's number alone. Returns its losses.
+        Args:
+            stopping: asked after each step; once true, the step is saved and the run ends.
 
         Raises:
-            TrainingError: if a loss or the gradients are not finite; the weights have not moved then.
+            TrainingError: if too many steps in a row are not finite.
+            CheckpointError: if a checkpoint or the log cannot be written; the checkpoint before stays.
         """
-        config = self.config
-        plan = self._plan(self.step)
-        codes_BRC = torch.stack([sample.codes[: plan.rows] for sample in plan.samples])
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
-            if plan.texts is None:
-                losses = self._captioning(plan.samples, codes_BRC)
-                loss = losses["caption_loss"]
-            else:
-                name = "loss" if plan.rows == self.info.grids[0][0] else "top_loss"
-                losses = self._text_to_image(plan.texts, codes_BRC, name=name)
-                loss = losses[name] + config.special_weight * losses["special_loss"]
+        if not self.process.is_main:
+            return self._loop(None, report=None, sampler=sampler, stopping=stopping)
+        with closing(RunLog(self.config.out, step=self.step)) as log:
+            return self._loop(log, report=report, sampler=sampler, stopping=stopping)
+
+    def _loop(
+        self, log: RunLog | None, *, report: Report | None, sampler: Sampler | None, stopping: Callable[[], bool]
+    ) -> bool:
+        config, pace = self.config, Pace(peak=self._peak())
+        while self.step < config.steps:
+            values = self.train_step(pace)
+            self.meter.add(values)
+            self.since_save.add(values)
+            if self.step % config.report_every == 0:
+                means = self.meter.means() | pace.per_second() | {"memory_gib": peak_memory(self.process.device)}
+                self.meter = Meter()
+                if log is not None:
+                    log.write(self.step, means)
+                if report is not None:
+                    report(self.step, means)
+                pace.start()
+            stop = self.process.any(stopping())
+            samples = sampler is not None and self.step % config.sample_every == 0
+            if samples or stop or self.step % config.save_every == 0 or self.step == config.steps:
+                self.save()
+            if samples and sampler is not None and log is not None:
+                self._sample(sampler, log)
+            if stop and self.step < config.steps:
+                return False
+        with self.process.folder(config.out / "model") as folder:
+            self._write_model(folder, dtype=torch.float16)
+        return True
+
+    def train_step(self, pace: Pace | None = None) -> dict[str, float]:
+        """One step; a function of the weights and the step's number alone. Returns its losses.
+
+        A step whose loss or gradient is not finite moves nothing.
+
+        Raises:
+            TrainingError: if there were too many of these in a row.
+        """
+        config, process = self.config, self.process
         rate = rate_at(self.step, steps=config.steps, config=config.optimizer)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
-        loss.backward()
-        trained = list(self.transformer.visual_tensors().values())
-        norm = torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip)
-        values = {name: float(value.detach()) for name, value in losses.items()} | {"gradient_norm": float(norm)}
-        check_finite(values, step=self.step, last=config.out / "last")
-        for optimizer in self.optimizers:
-            optimizer.step()
-        return values
+        task, batch = self.mix.draw(self.step)
+        values = self._backward(task, batch, pace=pace)
+        values["gradient_norm"] = process.clip(self.weights.values(), limit=config.optimizer.clip)
+        broken = {name: value for name, value in values.items() if not math.isfinite(value)}
+        if broken:
+            self._skip(task, batch, broken)
+        else:
+            self.skipped = 0
+            for optimizer in self.optimizers:
+                optimizer.step()
+            if self.average is not None:
+                self.average.update(self.weights, step=self.step)
+        self.step += 1
+        return values | {"skipped": float(bool(broken))}
 
-    def _plan(self, step: int) -> Plan:
-        config = self.config
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        rows, count = self.info.grids[0][0], config.batch_size
-        captioning = float(torch.rand((), generator=generator)) < config.captioning
-        top = 0 < config.top_rows < rows and not captioning
-        if top and float(torch.rand((), generator=generator)) < config.top_rows_share:
-            rows, count = config.top_rows, count * rows // config.top_rows
-        samples = self.loader.batch(step * count, count)
-        if captioning:
-            return Plan(samples=samples, texts=None, rows=rows)
-        dropped = (torch.rand(count, generator=generator) < config.guidance_dropout).tolist()
-        texts = ["" if drop else sample.caption.text for sample, drop in zip(samples, dropped, strict=True)]
-        return Plan(samples=samples, texts=texts, rows=rows)
+    def _backward(self, task: Task[Any], batch: Sequence[Any], *, pace: Pace | None) -> dict[str, float]:
+        """Leaves the gradients of a batch in the weights, part by part; returns its losses."""
+        process, count = self.process, self.config.accumulate
+        whole = process.sum({"targets": task.targets(batch)})["targets"]
+        parts = [batch[part::count] for part in range(count)]
+        sums: dict[str, Tensor] = {}
+        for part in parts:
+            share = task.targets(part) / whole
+            with process.synchronizing(self.transformer, last=part is parts[-1]):
+                with self._autocast():
+                    losses = task.losses(part)
+                # Gradients are averaged over processes, so that each counts as its share of all.
+                (losses["total"] * share * process.world).backward()
+            for name, value in losses.items():
+                name = f"{task.name}/{name}"
+                sums[name] = sums.get(name, torch.zeros_like(value.detach())) + share * value.detach()
+            if pace is not None:
+                pace.add(images=len(part), tokens=task.targets(part), flops=task.flops(part))
+        return process.sum({name: float(value) for name, value in sums.items()})
 
-    def _prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[self.text_tokenizer.bos_id, *self._encode(text)] for text in texts]
+    def _autocast(self) -> torch.autocast:
+        enabled = self.dtype is torch.bfloat16
+        return torch.autocast(self.process.device.type, dtype=torch.bfloat16, enabled=enabled)
 
-    def _prompts_ahead(self) -> Iterator[list[int]]:
-        """Prompts of the next steps, whose prefixes are cheaper to read together."""
-        for step in range(self.step + 1, min(self.step + LOOKAHEAD, self.config.steps)):
-            yield from self._prompts(self._plan(step).texts or [])
+    def _skip(self, task: Task[Any], batch: Sequence[Any], broken: Mapping[str, float]) -> None:
+        """Counts a step whose numbers are not finite, and gives up after too many in a row."""
+        self.skipped += 1
+        name, value = next(iter(broken.items()))
+        found = f"{name} must be finite, got {value} at step {self.step}"
+        if self.skipped < self.config.max_skipped:
+            self.notify(f"{found}; the step is skipped")
+            return
+        path = self.config.out / f"skipped-step-{self.step:06d}.json"
+        examples = [asdict(example) for example in batch]
+        if self.process.is_main:
+            with whole_file(path, error=TrainingError) as partial:
+                table = {"step": self.step, "task": task.name, "values": broken, "examples": examples}
+                partial.write_text(json.dumps(table, default=Tensor.tolist) + "\n", "utf-8")
+        rest = continue_from(self.checkpoints.last)
+        raise TrainingError(f"{found}, and so were {self.skipped} steps in a row; the batch is in {path}; {rest}")
 
-    def _captioning(self, samples: Sequence[Sample], codes_BRC: Tensor) -> dict[str, Tensor]:
-        rows = [self._encode(sample.caption.text) for sample in samples]
-        hints = [self._encode(CAPTION_HINTS[sample.caption.language]) for sample in samples]
-        loss = captioning_loss(self.transformer, codes_BRC, rows, hints=hints, end=self.text_tokenizer.eos_id)
-        return {"caption_loss": loss}
-
-    def _text_to_image(self, texts: Sequence[str], codes_BRC: Tensor, *, name: str) -> dict[str, Tensor]:
-        prefixes = self.prefixes.get(self._prompts(texts), ahead=self._prompts_ahead())
-        return {
-            name: text_to_image_loss(self.transformer, codes_BRC, prefixes, neighbours=self.neighbours),
-            "special_loss": begin_image_loss(self.transformer, prefixes),
-        }
-
-    def _encode(self, text: str) -> list[int]:
-        if text not in self.ids:
-            self.ids[text] = self.text_tokenizer.encode(text)
-        return self.ids[text]
+    @torch.no_grad()
+    def held_out_loss(self) -> float | None:
+        """Mean loss of the main task on held-out pictures, of the weights that are drawn with; none without any."""
+        task = self.mix.main
+        examples = task.held_out()
+        whole = self.process.sum({"targets": task.targets(examples)})["targets"]
+        if not whole:
+            return None
+        loss = 0.0
+        with self.average.swapped(self.weights) if self.average is not None else nullcontext(), self._autocast():
+            for start in range(0, len(examples), self.config.batch_size):
+                part = examples[start : start + self.config.batch_size]
+                loss += float(task.losses(part)["loss"]) * task.targets(part) / whole
+        return self.process.sum({"loss": loss})["loss"]
 
     def save(self) -> None:
-        """Replaces `out/last` by the present state."""
-        with atomic_folder(self.config.out / "last") as folder:
+        """Writes a checkpoint of the present state; it becomes `out/last`, and `out/best` if it has the lowest score.
+
+        Raises:
+            CheckpointError: if the disk is full or cannot be written; the checkpoint before stays.
+        """
+        score = self.held_out_loss()
+        if score is None:
+            score = self.since_save.means().get(f"{self.mix.main.name}/loss")
+        state = optimizer_tensors(self.optimizers, {id(weight): name for name, weight in self.weights.items()})
+        if self.average is not None:
+            state |= {f"weights/{name}": weight.detach() for name, weight in self.weights.items()}
+        with self.checkpoints.saving(self.step) as folder:
+            self._write_model(folder, dtype=torch.float32)
+            self.process.write_state(folder, state)
+            if self.process.is_main:
+                progress = {"score": score, "skipped": self.skipped, "means": self.meter.state()}
+                write_state(folder, step=self.step, fixed=self.fixed, progress=progress)
+        self.since_save = Meter()
+
+    def _write_model(self, folder: Path, *, dtype: torch.dtype) -> None:
+        """The model in a folder of its own, with averaged weights where there are some."""
+        visual = self.process.whole(self.average.values if self.average is not None else self.weights)
+        if self.process.is_main:
             save_model(
                 folder,
                 info=self.info,
                 transformer=self.transformer,
                 image_tokenizer=self.image_tokenizer,
-                dtype=torch.float32,
+                visual=visual,
+                dtype=dtype,
             )
-            slots = {
-                f"{number}.{index}.{name}": torch.as_tensor(value)
-                for number, optimizer in enumerate(self.optimizers)
-                for index, state in optimizer.state_dict()["state"].items()
-                for name, value in state.items()
-            }
-            save_tensors(folder / "optimizer.safetensors", slots)
-            write_state(folder, step=self.step, fixed=self._fixed())
 
-    def _fixed(self) -> dict[str, int | str]:
-        """What decides the samples of each step; steps, rates and shares may change in a run that is continued."""
-        return {
-            "optimizer": self.config.optimizer.name,
-            "seed": self.config.seed,
-            "batch_size": self.config.batch_size,
-            "image_tokenizer": self.loader.image_tokenizer,
-            "pictures": len(self.loader),
-        }
+    def _resume(self, folder: Path) -> None:
+        step, progress = read_state(folder, fixed=self.fixed)
+        check_model(
+            folder,
+            shapes=self.transformer.config,
+            llm=(self.info.language, self.info.language_digest),
+            codec=self.image_tokenizer.config,
+        )
+        model, state = (
+            read_tensors(folder / "visual.safetensors"),
+            self.process.read_state(folder, weights=self.weights),
+        )
+        own = {name.removeprefix("weights/"): state.pop(name) for name in list(state) if name.startswith("weights/")}
+        self.process.load(own or model, into=self.weights, where=str(folder))
+        if self.average is not None:
+            self.process.load(model, into=self.average.values, where=str(folder))
+        restore_optimizers(self.optimizers, state, self.weights)
+        self.meter.load(progress["means"])
+        self.step, self.skipped = step, progress["skipped"]
 
-    def _load_visual(self, folder: Path) -> None:
-        info, shapes = read_info(folder)
-        codec = self.image_tokenizer.config
-        check_image_tokenizer(codec, num_codes=shapes.num_codes, factor=info.factor, where=str(folder))
-        if shapes != self.transformer.config:
-            raise CheckpointError(f"{folder} has other shapes than the configuration; make [model.semvie] the same")
-        if info.language_digest != self.info.language_digest:
-            raise CheckpointError(
-                f"{folder} was trained on the LLM {info.language_digest[:19]}…, "
-                f"but {self.info.language} is {self.info.language_digest[:19]}…"
-            )
-        path = folder / "visual.safetensors"
-        copy_tensors(read_tensors(path), into=self.transformer.visual_tensors(), where=str(path))
-
-    def _resume(self) -> None:
-        folder = self.config.out / "last"
-        step = read_state(folder, fixed=self._fixed())
-        self._load_visual(folder)
-        slots: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
-        for key, value in read_tensors(folder / "optimizer.safetensors").items():
-            number, index, name = key.split(".")
-            slots[int(number)].setdefault(int(index), {})[name] = value
-        for optimizer, values in zip(self.optimizers, slots, strict=True):
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": values})
-        self.step = step
+    def _peak(self) -> float:
+        """FLOP/s to which MFU is relative."""
+        if self.config.peak_tflops is not None:
+            return self.config.peak_tflops * 1e12
+        peak = measured_peak(self.process.device, self.dtype)
+        self.notify(f"MFU is relative to {peak / 1e12:.2f} TFLOP/s, measured on one large product")
+        return peak
 
     def _sample(self, sampler: Sampler, log: RunLog) -> None:
         """Draws with what was just saved."""
-        image = sampler(self.config.out / "last", self.config.sample_prompts)
+        image = sampler(self.checkpoints.last, self.config.sample_prompts)
         folder = self.config.out / "samples"
         folder.mkdir(exist_ok=True)
         image.save(folder / f"step-{self.step:06d}.png")

@@ -1,0 +1,140 @@
+"""Opens what a stage works with: the LLM, the image tokenizer, the visual expert that it starts from, the data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mars.checkpoint import (
+    ModelInfo,
+    check_image_tokenizer,
+    codes_digest,
+    copy_tensors,
+    language_source,
+    load_image_tokenizer,
+    read_info,
+    read_tensors,
+)
+from mars.data.loader import Loader
+from mars.errors import CheckpointError, ConfigError
+from mars.image_tokenizer.config import ImageTokenizerConfig
+from mars.image_tokenizer.model import ImageTokenizer
+from mars.model.base_llm import BaseLLM, lasting_source, open_base_llm
+from mars.model.config import ModelConfig, SemVIEConfig
+from mars.model.transformer import MarsTransformer, build_transformer, start_visual
+from mars.sequence.text import TextTokenizer
+from mars.training.stages import LANGUAGE, ModelSource, StageConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """What a stage works with, on the CPU."""
+
+    info: ModelInfo
+    transformer: MarsTransformer
+    text_tokenizer: TextTokenizer
+    image_tokenizer: ImageTokenizer
+    loader: Loader
+    held_out: Loader | None
+    """Of the splits that are only measured."""
+
+
+def open_stage(config: StageConfig, *, notify: Callable[[str], None] | None = None) -> Opened:
+    """Opens everything that a stage's configuration names, and gives the visual expert its starting weights.
+
+    Raises:
+        ConfigError, CheckpointError, DataError, ModelError: if something is missing or does not fit the rest.
+    """
+    source = config.model
+    info, shapes = (None, None) if source.start_from is None else read_info(source.start_from)
+    llm, language, revision = _open_language(source, info, notify=notify)
+    codec = source.image_tokenizer or source.start_from
+    assert codec is not None
+    image_tokenizer, _ = load_image_tokenizer(codec)
+    loader, held_out = _open_data(config, wanted=codes_digest(image_tokenizer), codec=codec)
+    num_codes = image_tokenizer.config.num_codes
+    shapes = shapes or ModelConfig(language=llm.config, semvie=source.semvie or SemVIEConfig(), num_codes=num_codes)
+    if source.start_from is not None:
+        check_model(source.start_from, shapes=shapes, llm=(language, llm.digest), codec=image_tokenizer.config)
+    for grid in loader.grids:
+        _check_grid(grid, shapes.semvie)
+    transformer = build_transformer(shapes, llm.tensors)
+    start_visual(
+        transformer,
+        generator=torch.Generator().manual_seed(config.seed),
+        codebook_VZ=image_tokenizer.quantizer.embedding.weight,
+    )
+    opened = Opened(
+        info=ModelInfo(
+            name=config.name,
+            language=lasting_source(language),
+            language_revision=revision,
+            language_digest=llm.digest,
+            grids=tuple(loader.grids),
+            factor=image_tokenizer.config.factor,
+        ),
+        transformer=transformer,
+        text_tokenizer=TextTokenizer(llm.tokenizer, config=llm.tokenizer_config),
+        image_tokenizer=image_tokenizer,
+        loader=loader,
+        held_out=held_out,
+    )
+    if source.start_from is not None:
+        path = source.start_from / "visual.safetensors"
+        copy_tensors(read_tensors(path), into=transformer.visual_tensors(), where=str(path))
+    return opened
+
+
+def check_model(folder: Path, *, shapes: ModelConfig, llm: tuple[str, str], codec: ImageTokenizerConfig) -> None:
+    """Whether the visual expert of a model's folder can be continued.
+
+    Args:
+        llm: source and digest of the LLM that it will stand beside.
+        codec: of the image tokenizer.
+
+    Raises:
+        CheckpointError: if it has other shapes, or was trained with another LLM or image tokenizer.
+    """
+    info, found = read_info(folder)
+    check_image_tokenizer(codec, num_codes=found.num_codes, factor=info.factor, where=str(folder))
+    source, digest = llm
+    if info.language_digest != digest:
+        raise CheckpointError(
+            f"{folder} was trained on the LLM {info.language_digest[:19]}…, but {source} is {digest[:19]}…"
+        )
+    if found != shapes:
+        raise CheckpointError(f"{folder} has other shapes than the configuration; make [model.semvie] the same")
+
+
+def _open_language(
+    source: ModelSource, info: ModelInfo | None, *, notify: Callable[[str], None] | None
+) -> tuple[BaseLLM, str, str | None]:
+    """The LLM that is named, or that of the model to start from; its source and revision."""
+    language, revision = source.language or LANGUAGE, source.revision
+    if source.language is None and info is not None and source.start_from is not None:
+        language, revision = language_source(info, folder=source.start_from), info.language_revision
+    return open_base_llm(language, revision=revision, notify=notify), language, revision
+
+
+def _open_data(config: StageConfig, *, wanted: str, codec: Path) -> tuple[Loader, Loader | None]:
+    data = config.data
+
+    def open_splits(splits: tuple[str, ...]) -> Loader:
+        return Loader(data.shards, seed=config.seed, kinds=data.kinds, languages=data.languages, splits=splits)
+
+    loader = open_splits(("train",))
+    if loader.image_tokenizer != wanted:
+        raise CheckpointError(
+            f"the shards hold codes of image tokenizer {loader.image_tokenizer[:19]}…, but "
+            f"{codec} is {wanted[:19]}…; encode the pictures again"
+        )
+    return loader, open_splits(data.held_out) if data.held_out else None
+
+
+def _check_grid(grid: tuple[int, int], semvie: SemVIEConfig) -> None:
+    if semvie.grid_embedding and max(grid) > semvie.max_grid:
+        raise ConfigError(
+            f"model.semvie.max_grid must be at least {max(grid)} for codes of {grid[0]}x{grid[1]}, "
+            f"got {semvie.max_grid}"
+        )
