@@ -45,10 +45,7 @@ def save_adapter(folder: Path, adapter: Adapter, config: LoraConfig, *, base: st
     Raises:
         CheckpointError: if a file cannot be written.
     """
-    tensors = {}
-    for name, (a_KI, b_OK) in adapter.pairs.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = a_KI.float()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = b_OK.float()
+    tensors = {PREFIX + name: half.float() for name, half in adapter.tensors().items()}
     metadata = {"format": "pt"} | ({} if adapter.base_digest is None else {"base_digest": adapter.base_digest})
     save_tensors(folder / WEIGHTS, tensors, metadata)
     targets = "|".join(sorted({name.rpartition(".")[2] for name in adapter.pairs}))
@@ -194,11 +191,6 @@ def check_scale(scale: float) -> None:
 
 def _named(model: MarsModel, adapter: Adapter, *, scale: float) -> MarsModel:
     """With a digest of its own, since its pictures are no longer the base model's."""
-    parts = {
-        f"{name}.{half}": tensor
-        for name, pair in adapter.pairs.items()
-        for half, tensor in zip("AB", pair, strict=True)
-    }
-    parts |= {"base": torch.frombuffer(bytearray(model.visual_digest.encode()), dtype=torch.uint8)}
+    parts = adapter.tensors() | {"base": torch.frombuffer(bytearray(model.visual_digest.encode()), dtype=torch.uint8)}
     parts |= {"scale": torch.tensor(scale * adapter.scale, dtype=torch.float64)}
     return replace(model, visual_digest=tensors_digest(parts), lora=f"{Path(adapter.name).name} x {scale:g}")

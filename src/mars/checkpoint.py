@@ -346,9 +346,7 @@ def load_model(
     """Opens a model's folder and the LLM that it names.
 
     Weights of less than fp32 are rounded one after the other as they are read: they never stand whole in memory.
-
-    Args:
-        merge: called with the visual tensors before they are rounded; gives those that take the place of others.
+    `merge` is given the visual tensors before that, and gives those that take the place of others.
 
     Raises:
         ConfigError: for an unknown precision.

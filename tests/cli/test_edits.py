@@ -2,7 +2,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mars.checkpoint import codes_digest, load_image_tokenizer
-from mars.data.documents import Grid, read_documents
+from mars.data.documents import CodedImage, read_documents
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -13,7 +13,7 @@ def test_edits_are_written_as_codes_of_the_image_tokenizer(run: Run, tiny_model:
     documents, digest = read_documents(Path("data/edits.parquet"))
     assert len(documents) == 5
     assert digest == codes_digest(load_image_tokenizer(tiny_model)[0])
-    grids = [part for part in documents[0].parts if isinstance(part, Grid)]
+    grids = [part for part in documents[0].parts if isinstance(part, CodedImage)]
     assert [grid.codes.shape for grid in grids] == [(4, 4), (4, 4)]
     Path("data/edits.parquet").rename("first.parquet")
     run("data", "edits", "--count", 5, "--size", 64, "--image-tokenizer", tiny_model)

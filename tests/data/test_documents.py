@@ -6,13 +6,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mars.data.documents import Document, Grid, Text, read_documents, write_documents
+from mars.data.documents import CodedImage, Document, Text, read_documents, write_documents
 from mars.errors import DataError
 
 CODES = np.arange(6, dtype=np.int32).reshape(2, 3)
 
 
-def document(*parts: Text | Grid) -> Document:
+def document(*parts: Text | CodedImage) -> Document:
     return Document(key="d", split="train", source="t", licence="CC0", parts=parts)
 
 
@@ -22,8 +22,18 @@ def plain(found: Document) -> list[Any]:
 
 def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     written = [
-        document(Grid(codes=CODES, role="source"), Text(text="把它变成蓝色", learned=False), Grid(codes=CODES + 32761)),
-        document(Text(text="a"), Grid(codes=CODES.T), Text(text=""), Grid(codes=CODES, role="read"), Text(text="b")),
+        document(
+            CodedImage(codes=CODES, role="source"),
+            Text(text="把它变成蓝色", learned=False),
+            CodedImage(codes=CODES + 32761),
+        ),
+        document(
+            Text(text="a"),
+            CodedImage(codes=CODES.T),
+            Text(text=""),
+            CodedImage(codes=CODES, role="read"),
+            Text(text="b"),
+        ),
     ]
     assert write_documents(tmp_path / "new" / "d.parquet", iter(written), tokenizer="digest") == 2
     found, digest = read_documents(tmp_path / "new" / "d.parquet")
@@ -36,12 +46,12 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     ("parts", "message"),
     [
         ((), "must hold a text or an image, got none"),
-        ((Text(text="a"), Text(text="b"), Grid(codes=CODES)), "has two texts side by side; make them one"),
+        ((Text(text="a"), Text(text="b"), CodedImage(codes=CODES)), "has two texts side by side; make them one"),
         ((Text(text="a"),), "must hold an image that is drawn, or a learned text after an image"),
-        ((Grid(codes=CODES, role="read"), Text(text="a", learned=False)), "must hold an image that is drawn"),
+        ((CodedImage(codes=CODES, role="read"), Text(text="a", learned=False)), "must hold an image that is drawn"),
     ],
 )
-def test_a_document_that_teaches_nothing_is_one_line(parts: tuple[Text | Grid, ...], message: str) -> None:
+def test_a_document_that_teaches_nothing_is_one_line(parts: tuple[Text | CodedImage, ...], message: str) -> None:
     with pytest.raises(DataError, match=f"document d {message}"):
         document(*parts)
 
@@ -61,7 +71,7 @@ def test_a_file_that_is_none_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"role": "drwan"}, {"rows": 4}, {"codes": None}])
 def test_an_image_that_cannot_be_used_is_one_line(tmp_path: Path, change: dict[str, Any]) -> None:
     path = tmp_path / "d.parquet"
-    write_documents(path, [document(Grid(codes=CODES))], tokenizer="d")
+    write_documents(path, [document(CodedImage(codes=CODES))], tokenizer="d")
     table = pq.read_table(path)
     rows = table.to_pylist()
     rows[0]["parts"][0] |= change
@@ -74,5 +84,5 @@ def test_nothing_is_written_of_what_cannot_be_stored(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="must hold at least one, got none"):
         write_documents(tmp_path / "d.parquet", [], tokenizer="d")
     with pytest.raises(DataError, match="codes must be below 32768 to be stored, got 40005"):
-        write_documents(tmp_path / "d.parquet", [document(Grid(codes=CODES + 40000))], tokenizer="d")
+        write_documents(tmp_path / "d.parquet", [document(CodedImage(codes=CODES + 40000))], tokenizer="d")
     assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mars.data.documents import Grid, Text
+from mars.data.documents import CodedImage, Text
 from mars.data.edits import Edit, make_edit, make_edits
 from mars.data.scenes import COLOURS, SHAPES, Scene, SceneObject, combinations_of, draw_scene, is_held_out
 from mars.errors import RequestError
@@ -126,9 +126,9 @@ def test_documents_hold_what_the_edits_are() -> None:
     assert [one.key for one in documents] == [f"edit-{index:06d}" for index in range(40)]
     for index, (document, edit) in enumerate(zip(documents, EDITS, strict=False)):
         source, instruction, result = document.parts
-        assert isinstance(source, Grid)
+        assert isinstance(source, CodedImage)
         assert isinstance(instruction, Text)
-        assert isinstance(result, Grid)
+        assert isinstance(result, CodedImage)
         assert (source.role, instruction.learned, result.role) == ("source", False, "drawn")
         assert instruction.text == edit.instructions["zh" if index % 2 else "en"]
         assert np.array_equal(source.codes, means(np.asarray(draw_scene(edit.before))[None])[0])

@@ -50,7 +50,7 @@ def test_a_new_adapter_changes_nothing_at_all(transformer: MarsTransformer) -> N
 
 def test_every_linear_layer_of_the_visual_expert_and_no_other_has_an_adapter(transformer: MarsTransformer) -> None:
     wanted = {name for name in transformer.visual_tensors() if ".visual." in name and name.endswith("_proj.weight")}
-    found = adapter_of(adapted(transformer)).pairs
+    found = adapter_of(lora_tensors(adapted(transformer)), LoraConfig()).pairs
     assert {f"{name}.weight" for name in found} == wanted
 
 
@@ -79,7 +79,7 @@ def test_a_merged_adapter_gives_what_the_adapter_gives(
     wanted = logits(transformer)
     assert not torch.allclose(wanted, before, atol=1e-2)
     visual = plain.visual_tensors()
-    for name, weight in merged(visual, adapter_of(transformer)).items():
+    for name, weight in merged(visual, adapter_of(lora_tensors(transformer), LoraConfig(rank=3, alpha=5.0))).items():
         visual[name].data.copy_(weight)
     assert torch.allclose(logits(plain), wanted, atol=1e-4)
 

@@ -3,12 +3,14 @@
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mars.adapter import load_adapted
 from mars.checkpoint import load_model
 from mars.cli.progress import Bar
 from mars.config import load_config
@@ -45,9 +47,10 @@ def start_training(config: Path, overrides: Sequence[str], *, say: Callable[[str
         )
     if trainer.step:
         say(f"continuing {stage_config.out} at step {trainer.step}")
+    base = None if stage_config.lora is None else stage_config.model.start_from
     with _Display(stage_config.steps, say=say) as display:
-        trainer.train(report=display, sampler=draw_samples)
-    say(f"the model is in {stage_config.out / 'model'}")
+        trainer.train(report=display, sampler=partial(draw_samples, base=base))
+    say(f"the {trainer.product.name} is in {stage_config.out / trainer.product.name}")
 
 
 class _Display:
@@ -79,9 +82,11 @@ class _Display:
             self.say(f"step {step}/{self.steps}  {text}")
 
 
-def draw_samples(folder: Path, prompts: Sequence[str]) -> Image.Image:
-    """A row of pictures, one per prompt, drawn by the model in a folder; the seed is 0."""
-    drawn = MarsPipeline(load_model(folder))(list(prompts), seed=0)
+def draw_samples(folder: Path, prompts: Sequence[str], *, base: Path | None = None) -> Image.Image:
+    """A row of pictures, one per prompt, drawn by the model in a folder, or by `base` with the adapter in it; the seed
+    is 0."""
+    model = load_model(folder) if base is None else load_adapted(base, folder)
+    drawn = MarsPipeline(model)(list(prompts), seed=0)
     width, height = drawn.images[0].size
     sheet = Image.new("RGB", (width * len(prompts), height + 16), "white")
     for index, (image, prompt) in enumerate(zip(drawn.images, prompts, strict=True)):

@@ -28,7 +28,7 @@ class Text:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
+class CodedImage:
     """An image of a document: `codes` is (rows, columns), int32."""
 
     codes: npt.NDArray[np.int32]
@@ -45,14 +45,14 @@ class Document:
     """`train`, or the name of a held-out split."""
     source: str
     licence: str
-    parts: tuple[Text | Grid, ...]
+    parts: tuple[Text | CodedImage, ...]
 
     def __post_init__(self) -> None:
         if not self.parts:
             raise DataError(f"document {self.key} must hold a text or an image, got none")
         if any(isinstance(one, Text) and isinstance(other, Text) for one, other in pairwise(self.parts)):
             raise DataError(f"document {self.key} has two texts side by side; make them one")
-        learned = any(isinstance(part, Grid) and part.role == "drawn" for part in self.parts)
+        learned = any(isinstance(part, CodedImage) and part.role == "drawn" for part in self.parts)
         if not learned and not any(isinstance(part, Text) and part.learned for part in self.parts[1:]):
             raise DataError(f"document {self.key} must hold an image that is drawn, or a learned text after an image")
 
@@ -87,7 +87,7 @@ def write_documents(path: Path, documents: Iterable[Document], *, tokenizer: str
     return len(rows)
 
 
-def _row(part: Text | Grid) -> dict[str, Any]:
+def _row(part: Text | CodedImage) -> dict[str, Any]:
     if isinstance(part, Text):
         return {"text": part.text, "learned": part.learned}
     if part.codes.max() > np.iinfo(np.int16).max:
@@ -118,10 +118,10 @@ def read_documents(path: Path) -> tuple[list[Document], str]:
     return documents, tokenizer
 
 
-def _part(fields: dict[str, Any]) -> Text | Grid:
+def _part(fields: dict[str, Any]) -> Text | CodedImage:
     if fields["text"] is not None:
         return Text(text=fields["text"], learned=bool(fields["learned"]))
     if fields["role"] not in get_args(Role):
         raise ValueError(f"an image's role is {fields['role']!r}")
     codes = np.asarray(fields["codes"], dtype=np.int32).reshape(fields["rows"], fields["columns"])
-    return Grid(codes=codes, role=fields["role"])
+    return CodedImage(codes=codes, role=fields["role"])

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from mars.data.documents import Document, Grid, Text
+from mars.data.documents import CodedImage, Document, Text
 from mars.data.scenes import (
     CHINESE_COLOURS,
     COLOURS,
@@ -140,8 +140,8 @@ def make_edits(*, count: int, seed: int, encode: Encode, size: int = 128) -> Ite
                 source="scenes",
                 licence="CC0-1.0",
                 parts=(
-                    Grid(codes=next(codes), role="source"),
+                    CodedImage(codes=next(codes), role="source"),
                     Text(text=edit.instructions["en" if index % 2 == 0 else "zh"], learned=False),
-                    Grid(codes=next(codes)),
+                    CodedImage(codes=next(codes)),
                 ),
             )

@@ -21,6 +21,8 @@ from mars.model.transformer import MarsTransformer
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Every linear layer of an expert."""
+A, B = ".lora_A.weight", ".lora_B.weight"
+"""Of a layer's adapter, behind the layer's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,10 @@ class Adapter:
     """What B A is multiplied by."""
     base_digest: str | None
     """`visual_digest` of the weights that it was trained on; files of others do not say it."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its matrices by name, as `lora_tensors` names them."""
+        return {layer + end: half for layer, pair in self.pairs.items() for end, half in zip((A, B), pair, strict=True)}
 
 
 class LoraLinear(Linear):
@@ -136,11 +142,14 @@ def merged(weights: Mapping[str, Tensor], adapter: Adapter, *, scale: float = 1.
     return changed
 
 
-def adapter_of(transformer: MarsTransformer, *, name: str = "the adapter", base_digest: str | None = None) -> Adapter:
-    """What `add_lora` added and training changed."""
-    pairs, scale = {}, 1.0
-    for path, module in transformer.named_modules():
-        if isinstance(module, LoraLinear):
-            pairs[path] = (module.lora_A.weight.detach(), module.lora_B.weight.detach())
-            scale = module.scale
-    return Adapter(name=name, pairs=pairs, scale=scale, base_digest=base_digest)
+def adapter_of(
+    weights: Mapping[str, Tensor], config: LoraConfig, *, name: str = "the adapter", base_digest: str | None = None
+) -> Adapter:
+    """The adapter that consists of what `lora_tensors` names."""
+    layers = sorted(key.removesuffix(A) for key in weights if key.endswith(A))
+    return Adapter(
+        name=name,
+        pairs={layer: (weights[layer + A].detach(), weights[layer + B].detach()) for layer in layers},
+        scale=config.alpha / config.rank,
+        base_digest=base_digest,
+    )

