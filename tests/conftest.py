@@ -165,6 +165,27 @@ def tiny_model(
 
 
 @pytest.fixture(scope="session")
+def tiny_upscaler(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, build_tiny: "Callable[..., MarsTransformer]"
+) -> Path:
+    """The folder of a random model that also draws the tiny model's grid again, twice as large, with K = 4."""
+    from dataclasses import replace
+
+    from mars.checkpoint import load_image_tokenizer, read_info, save_model
+    from mars.model.config import UpscaleConfig
+
+    info = replace(
+        read_info(tiny_model)[0],
+        name="tiny-upscaler",
+        upscale=UpscaleConfig(scale=2, codes_per_step=4),
+    )
+    folder = tmp_path_factory.mktemp("upscaler")
+    transformer = build_tiny(**POCKET, low_input=True)
+    save_model(folder, info=info, transformer=transformer, image_tokenizer=load_image_tokenizer(tiny_model)[0])
+    return folder
+
+
+@pytest.fixture(scope="session")
 def even_model(tmp_path_factory: pytest.TempPathFactory, even_llm: Path, tiny_model: Path) -> Path:
     """The folder of a new model on `even_llm` with the tiny model's image tokenizer; pictures have 32x32 pixels."""
     from mars.convert import init_model
@@ -203,7 +224,7 @@ def tiny_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         record = Record(
             key=f"k{index}", concept=f"c{index}", style="s", split=split, source="t", licence="CC0", captions=captions
         )
-        return Picture(record=record, png=png.getvalue())
+        return Picture(record=record, content=png.getvalue())
 
     path = tmp_path_factory.mktemp("pictures") / "tiny.tar"
     write_pictures(path, map(picture, range(32)))

@@ -22,7 +22,7 @@ from mars.files import reason, whole_file
 from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.image_tokenizer.model import ImageTokenizer
 from mars.model.base_llm import open_base_llm
-from mars.model.config import ModelConfig
+from mars.model.config import ModelConfig, UpscaleConfig
 from mars.model.hub_folder import is_whole as is_whole_language
 from mars.model.language_tensors import tensors_digest
 from mars.model.precision import Precision, check_model_memory, check_precision, lower_precision
@@ -182,6 +182,8 @@ class ModelInfo:
     """(rows, columns) of the code grids that it was trained on."""
     factor: int | None = None
     """Pixels on each side of a code, by which a grid becomes a size; folders written before it was kept have none."""
+    upscale: UpscaleConfig | None = None
+    """How it was trained to draw its grids again, larger; null is not."""
     format: str = FORMAT
 
     def __post_init__(self) -> None:

@@ -70,7 +70,7 @@ def test_artwork_is_centred_on_white_with_a_margin(cache: Path) -> None:
         ("noto-1f34e", (255, 0, 0), (1, 1, 31, 31)),
         ("noto-2764-fe0f", (0, 0, 255), (1, 9, 31, 23)),
     ):
-        with Image.open(io.BytesIO(found[key].png)) as image:
+        with Image.open(io.BytesIO(found[key].content)) as image:
             pixels = image.convert("RGB")
         assert pixels.size == (32, 32)
         assert pixels.getpixel((0, 0)) == (255, 255, 255)

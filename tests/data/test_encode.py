@@ -24,7 +24,7 @@ def shard(path: Path, *sizes: tuple[int, int]) -> Path:
         png = io.BytesIO()
         Image.new("RGB", size, (index * 40, 100, 200)).save(png, "PNG")
         record = Record(key=f"k{index}", concept="c", style="s", split="train", source="t", licence="CC0", captions=())
-        return Picture(record=record, png=png.getvalue())
+        return Picture(record=record, content=png.getvalue())
 
     write_pictures(path, [picture(index, size) for index, size in enumerate(sizes)])
     return path
@@ -46,7 +46,7 @@ def test_codes_are_those_of_each_picture_alone(
     assert digest == "d"
     for picture, item in zip(read_pictures(tiny_pictures), found, strict=True):
         assert item.record == picture.record
-        pixels = np.asarray(Image.open(io.BytesIO(picture.png))).copy()
+        pixels = np.asarray(Image.open(io.BytesIO(picture.content))).copy()
         with torch.no_grad():
             wanted = tokenizer.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)[0]
         assert item.codes.tolist() == wanted.tolist()
@@ -79,6 +79,6 @@ def test_a_size_that_has_no_codes_is_one_line(tmp_path: Path, tokenizer: ImageTo
 
 def test_a_damaged_picture_is_one_line(tmp_path: Path, tokenizer: ImageTokenizer) -> None:
     (picture,) = read_pictures(shard(tmp_path / "a.tar", (32, 32)))
-    write_pictures(tmp_path / "b.tar", [Picture(record=picture.record, png=picture.png[:60])])
+    write_pictures(tmp_path / "b.tar", [Picture(record=picture.record, content=picture.content[:60])])
     with pytest.raises(MarsError):
         encode_pictures(tmp_path / "b.tar", tokenizer=tokenizer, digest="d", out=tmp_path / "b.parquet")

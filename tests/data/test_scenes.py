@@ -273,7 +273,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_pictures() ->
     random.seed(0)
     assert first == list(make_scenes(count=30, seed=3))[:20]
     other = list(make_scenes(count=20, seed=4))
-    assert all(one.png != two.png for one, two in zip(first, other, strict=True))
+    assert all(one.content != two.content for one, two in zip(first, other, strict=True))
 
 
 def test_pictures_of_one_description_differ() -> None:
@@ -290,7 +290,7 @@ def test_a_picture_carries_the_record_of_its_scene() -> None:
         assert (record.style, record.source, record.licence) == ("scene", "scenes", "CC0-1.0")
         assert (record.concept, record.split) == (concept_of(scene), split_of(scene))
         assert record.captions == captions_of(scene)
-        image = Image.open(io.BytesIO(picture.png))
+        image = Image.open(io.BytesIO(picture.content))
         assert (image.size, image.mode) == ((96, 96), "RGB")
         assert image.tobytes() == draw_scene(scene).tobytes()
 

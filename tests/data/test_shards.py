@@ -46,7 +46,7 @@ def record(key: str) -> Record:
 
 def pictures(count: int = 3) -> list[Picture]:
     rng = np.random.default_rng(0)
-    return [Picture(record=record(f"test-{i}"), png=rng.bytes(1500 + 700 * i)) for i in range(count)]
+    return [Picture(record=record(f"test-{i}"), content=rng.bytes(1500 + 700 * i)) for i in range(count)]
 
 
 def coded(count: int = 3) -> list[CodedPicture]:
@@ -105,7 +105,7 @@ def test_a_picture_shard_is_read_the_way_webdataset_reads_it(tmp_path: Path) -> 
     assert list(samples) == ["test-0", "test-1", "test-2"]
     for sample, picture in zip(samples.values(), pictures(), strict=True):
         assert set(sample) == {"png", "json"}
-        assert sample["png"] == picture.png
+        assert sample["png"] == picture.content
         meta = json.loads(sample["json"])
         assert meta["concept"] == "apple"
         assert [caption["text"] for caption in meta["captions"]] == ["a red apple", "一个红苹果"]

@@ -71,7 +71,7 @@ def picture(number: int, *, style: str, split: str) -> Picture:
         key=f"{style}-{number}", concept=str(number), style=style, split=split, source="test", licence="CC0-1.0",
         captions=tuple(captions),
     )  # fmt: skip
-    return Picture(record=record, png=png.getvalue())
+    return Picture(record=record, content=png.getvalue())
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def test_what_training_has_seen_is_dropped_and_told(
     pipe: MarsPipeline, pictures: dict[str, Picture], tmp_path: Path
 ) -> None:
     small = [pictures[f"{style}-{number}"] for style in "ab" for number in (0, 1, 3, 8)]
-    small[2] = replace(small[2], png=small[0].png)
+    small[2] = replace(small[2], content=small[0].content)
     write_pictures(tmp_path / "small.tar", small)
     report = retrieval_benchmark(
         pipe, pictures=tmp_path / "small.tar", out=tmp_path / "out", prompts=8, sets=["held-out pictures"]

@@ -36,7 +36,7 @@ def test_the_seed_fixes_the_questions(pictures: dict[str, Picture]) -> None:
 
 def test_what_looks_or_is_called_the_same_is_no_candidate(pictures: dict[str, Picture]) -> None:
     namesake = pictures["a-2"].record.captions
-    pictures["a-1"] = replace(pictures["a-1"], png=pictures["a-0"].png)
+    pictures["a-1"] = replace(pictures["a-1"], content=pictures["a-0"].content)
     pictures["a-3"] = replace(pictures["a-3"], record=replace(pictures["a-3"].record, captions=namesake))
     questions = choose_questions(pictures, chosen=SETS["trained names"], count=100, seed=0)
     candidates = {question.key: set(question.candidates) for question in questions}
@@ -47,13 +47,13 @@ def test_what_looks_or_is_called_the_same_is_no_candidate(pictures: dict[str, Pi
 
 def test_a_held_out_picture_that_looks_like_a_trained_one_is_never_asked_about(pictures: dict[str, Picture]) -> None:
     file = io.BytesIO()
-    with Image.open(io.BytesIO(pictures["b-0"].png)) as trained:
+    with Image.open(io.BytesIO(pictures["b-0"].content)) as trained:
         trained.convert("RGBA").save(file, "PNG", compress_level=0)
-    assert file.getvalue() != pictures["b-0"].png
-    pictures["a-3"] = replace(pictures["a-3"], png=file.getvalue())  # held out as a picture
-    pictures["a-4"] = replace(pictures["a-4"], png=pictures["a-1"].png)  # held out as a concept
-    pictures["a-2"] = replace(pictures["a-2"], png=pictures["a-1"].png)  # trained, as its twin is
-    pictures["a-9"] = replace(pictures["a-9"], png=pictures["a-14"].png)  # both held out
+    assert file.getvalue() != pictures["b-0"].content
+    pictures["a-3"] = replace(pictures["a-3"], content=file.getvalue())  # held out as a picture
+    pictures["a-4"] = replace(pictures["a-4"], content=pictures["a-1"].content)  # held out as a concept
+    pictures["a-2"] = replace(pictures["a-2"], content=pictures["a-1"].content)  # trained, as its twin is
+    pictures["a-9"] = replace(pictures["a-9"], content=pictures["a-14"].content)  # both held out
     seen = Seen.of(pictures.values())
     leaks = {name: seen.leaks(pictures, chosen=chosen) for name, chosen in SETS.items()}
     looks_trained = {

@@ -11,7 +11,15 @@ from torch import Tensor
 from mars.errors import RequestError
 from mars.model.cache import Cache
 from mars.model.transformer import MarsTransformer
-from mars.sequence.layout import Segment, drawn_image, read_image, text_segment, written_text
+from mars.sequence.layout import (
+    Segment,
+    drawn_image,
+    low_image,
+    read_image,
+    text_segment,
+    upscaled_image,
+    written_text,
+)
 
 Build = Callable[..., MarsTransformer]
 NARROW: dict[str, Any] = {"share_norms": False, "visual_width": 16, "visual_ffn": 24, "init": "random"}
@@ -25,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shared output": {"duplicate_output": False},
     "own norms, shared output": {"share_norms": False, "duplicate_output": False},
     "grid": {"grid_embedding": True},
+    "grid, low input": {"grid_embedding": True, "low_input": True},
     "subset": {"visual_layers": (0, 2)},
     "last layer": {"visual_layers": (2,)},
     "subset, grid, own norms": {"visual_layers": (1,), "grid_embedding": True, "share_norms": False},
@@ -53,7 +62,13 @@ def pieces(segment: Segment, lengths: Sequence[int]) -> list[Segment]:
     assert segment.mask is None
     starts = [sum(lengths[:index]) for index in range(len(lengths))]
     return [
-        replace(segment, ids=segment.ids[:, start : start + length], targets=None, start=start)
+        replace(
+            segment,
+            ids=segment.ids[:, start : start + length],
+            targets=None,
+            start=start,
+            low=None if segment.low is None else segment.low[:, start : start + length],
+        )
         for start, length in zip(starts, lengths, strict=True)
     ]
 
@@ -79,6 +94,71 @@ def test_an_image_drawn_in_steps_is_the_image_in_one_go(
     transformer(text_segment(TEXTS), cache)
     steps = [transformer(piece, cache) for piece in pieces(drawn_image(codes, transformer.vocabulary), lengths)]
     close(torch.cat(steps, dim=1), wanted)
+
+
+def upscaling(transformer: MarsTransformer, low: Tensor, high: Tensor, side: int) -> list[Segment]:
+    """The images of super-resolution."""
+    vocabulary = transformer.vocabulary
+    return [low_image(low, vocabulary), upscaled_image(low, high, vocabulary, side=side)]
+
+
+@both_caches
+@pytest.mark.parametrize(("side", "blocks"), [(1, [1] * 32), (2, [1] * 8), (2, [3, 1, 4]), (4, [1, 1]), (4, [2])])
+@pytest.mark.parametrize("options", [{}, {"grid_embedding": True, "max_grid": 8, "visual_layers": (0, 2)}], ids=str)
+@torch.no_grad()
+def test_an_image_drawn_in_blocks_is_the_image_in_one_go_and_each_row_as_alone(
+    build: Build, options: dict[str, Any], static: bool, side: int, blocks: list[int]
+) -> None:
+    transformer = build(**options, low_input=True)
+    low, high = torch.randint(13, (3, 2, 4)), torch.randint(13, (3, 4, 8))
+    cache = transformer.new_static_cache(batch=3, size=46) if static else transformer.new_cache()
+    transformer(text_segment(TEXTS), cache)
+    first, second = upscaling(transformer, low, high, side)
+    transformer(first, cache)
+    lengths = [count * side * side for count in blocks]
+    found = torch.cat([transformer(piece, cache) for piece in pieces(second, lengths)], dim=1)
+    for row, ids in enumerate(TEXTS):
+        alone = transformer.new_cache()
+        transformer(text_segment([ids]), alone)
+        segments = upscaling(transformer, low[row : row + 1], high[row : row + 1], side)
+        close(found[row : row + 1], [transformer(segment, alone) for segment in segments][1])
+
+
+@pytest.mark.parametrize("side", [1, 2, 4])
+@torch.no_grad()
+def test_a_block_sees_itself_and_all_before_it_and_nothing_after(build: Build, side: int) -> None:
+    transformer = build(low_input=True)
+    low, high = torch.randint(13, (1, 4, 4)), torch.randint(13, (1, 8, 8))
+    read, drawn = upscaling(transformer, low, high, side)
+
+    def hidden(changed: int | None = None) -> Tensor:
+        """States after the input of one position was changed."""
+        ids = drawn.ids.clone()
+        if changed is not None:
+            ids[0, changed] = transformer.vocabulary.first_code + (ids[0, changed] + 1) % 13
+        cache = transformer.new_cache()
+        transformer(read, cache)
+        states: Tensor = transformer(replace(drawn, ids=ids), cache)
+        return states[0]
+
+    before = hidden()
+    for changed in (0, 16, 37, 63):
+        moved = (hidden(changed) != before).any(dim=1)
+        first = changed // drawn.block * drawn.block
+        assert moved.tolist() == [number >= first for number in range(64)], changed
+
+
+@torch.no_grad()
+def test_every_code_has_the_rotary_position_of_its_raster_place(build: Build) -> None:
+    transformer = build(low_input=True)
+    low, high = torch.randint(13, (1, 2, 2)), torch.randint(13, (1, 4, 4))
+    read, drawn = upscaling(transformer, low, high, 2)
+    for static in (False, True):
+        cache = new_cache(transformer, 1, static=static)
+        cache.begin(read)
+        positions = torch.cat([cache.begin(piece)[0] for piece in pieces(drawn, [4, 8, 4])], dim=1)
+        row, column = drawn.places()
+        assert positions.tolist() == [(5 + row * 4 + column).tolist()]
 
 
 @every_variant

@@ -4,7 +4,7 @@ import pytest
 
 from mars.config import from_dict, to_dict
 from mars.errors import ConfigError
-from mars.model.config import LanguageConfig, ModelConfig, SemVIEConfig
+from mars.model.config import LanguageConfig, ModelConfig, SemVIEConfig, UpscaleConfig
 
 LANGUAGE: dict[str, Any] = {
     "vocab_size": 21,
@@ -80,3 +80,18 @@ def test_a_bad_visual_expert_is_one_line(change: dict[str, Any], message: str) -
 )
 def test_a_config_survives_json(config: ModelConfig) -> None:
     assert from_dict(ModelConfig, to_dict(config)) == config
+
+
+def test_upscaling_draws_a_grid_some_times_larger_in_square_blocks() -> None:
+    how = UpscaleConfig(scale=3, codes_per_step=16)
+    assert (how.side, how.high((2, 5))) == (4, (6, 15))
+    assert how.text([(2, 5), (3, 3)], factor=16) == "80x32 to 240x96, 48x48 to 144x144; 16 codes a step"
+    for wrong, message in (({"scale": 1}, "scale must be at least 2, got 1"), ({"codes_per_step": 0}, "got 0")):
+        with pytest.raises(ConfigError, match=message):
+            UpscaleConfig(**wrong)
+
+
+def test_what_was_saved_before_super_resolution_still_reads() -> None:
+    table = to_dict(model())
+    del table["semvie"]["low_input"]
+    assert from_dict(ModelConfig, table) == model()

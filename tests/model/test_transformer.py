@@ -14,7 +14,18 @@ from mars.model.config import LanguageConfig, ModelConfig, SemVIEConfig
 from mars.model.language_tensors import hub_name
 from mars.model.semvie import SemVIELayer
 from mars.model.transformer import MarsTransformer, is_language
-from mars.sequence.layout import IGNORE, Modality, Segment, drawn_image, read_image, text_segment, written_text
+from mars.sequence.layout import (
+    IGNORE,
+    Modality,
+    Segment,
+    drawn_image,
+    low_image,
+    read_image,
+    refined_codes,
+    text_segment,
+    upscaled_image,
+    written_text,
+)
 
 Build = Callable[..., MarsTransformer]
 
@@ -277,3 +288,61 @@ def test_head_norms_cannot_be_copied() -> None:
     )  # fmt: skip
     with pytest.raises(ConfigError, match="set init = 'random'"):
         ModelConfig(language=language, semvie=SemVIEConfig(head_norms=True))
+
+
+UPSCALING = [{}, {"share_norms": False, "visual_layers": (0, 2), "grid_embedding": True, "max_grid": 8}]
+
+
+def logits_after(transformer: MarsTransformer, *segments: Segment) -> Tensor:
+    """Visual logits of the last segment, after a text and the others."""
+    cache = transformer.new_cache()
+    for segment in (text_segment([[3, 1, 4], [5]]), *segments):
+        hidden = transformer(segment, cache)
+    return transformer.visual_logits(hidden)
+
+
+@pytest.mark.parametrize("options", UPSCALING, ids=str)
+@torch.no_grad()
+def test_blocks_of_one_code_are_next_token_prediction_to_the_bit(
+    build: Build, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformer = build(**options, low_input=True)
+    low, high = torch.randint(13, (2, 2, 4)), torch.randint(13, (2, 4, 8))
+    seen = low_image(low, transformer.vocabulary)
+    found = logits_after(transformer, seen, upscaled_image(low, high, transformer.vocabulary, side=1))
+    added = transformer.low_projection(transformer.visual_embedding(refined_codes(low, grid=(4, 8)).flatten(1)))
+    assert bool(added.any())
+    plain = MarsTransformer.embed
+    monkeypatch.setattr(
+        transformer, "embed", lambda one: plain(transformer, one) + (added if one.targets is not None else 0)
+    )
+    assert torch.equal(found, logits_after(transformer, seen, drawn_image(high, transformer.vocabulary)))
+
+
+@pytest.mark.parametrize("options", UPSCALING, ids=str)
+@torch.no_grad()
+def test_with_low_codes_unheard_blocks_of_one_code_are_text_to_image_to_the_bit(
+    build: Build, options: dict[str, Any]
+) -> None:
+    low, high = torch.randint(13, (2, 2, 4)), torch.randint(13, (2, 4, 8))
+    started, plain = build(start=True, **options, low_input=True), build(start=True, **options)
+    assert not bool(started.low_projection.weight.any())
+    names = started.state_dict().keys() - {"low_projection.weight"}
+    assert names == plain.state_dict().keys()
+    assert all(torch.equal(started.state_dict()[name], plain.state_dict()[name]) for name in names)
+    found = logits_after(started, upscaled_image(low, high, started.vocabulary, side=1))
+    assert torch.equal(found, logits_after(plain, drawn_image(high, plain.vocabulary)))
+
+
+@torch.no_grad()
+def test_the_low_code_that_a_position_refines_is_added_to_its_input(build: Build) -> None:
+    transformer = build(grid_embedding=True, low_input=True)
+    low, high = torch.randint(13, (1, 2, 2)), torch.randint(13, (1, 4, 4))
+    drawn = upscaled_image(low, high, transformer.vocabulary, side=2)
+    embedded = transformer.embed(drawn)
+    for number in range(16):
+        row, column = int(drawn.places()[0][number]), int(drawn.places()[1][number])
+        wanted = transformer.visual_embedding.weight[drawn.ids[0, number] - transformer.vocabulary.first_code]
+        wanted = wanted + transformer.visual_grid["rows"][row] + transformer.visual_grid["columns"][column]
+        code = transformer.visual_embedding.weight[low[0, row // 2, column // 2]]
+        torch.testing.assert_close(embedded[0, number], wanted + transformer.low_projection.weight @ code)

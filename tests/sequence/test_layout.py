@@ -3,7 +3,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mars.sequence.layout import IGNORE, Modality, drawn_image, pad, read_image, text_segment, written_text
+from mars.errors import ConfigError
+from mars.sequence.layout import (
+    IGNORE,
+    Modality,
+    drawing_order,
+    drawn_image,
+    low_image,
+    pad,
+    read_image,
+    refined_codes,
+    text_segment,
+    upscaled_image,
+    written_text,
+)
 from mars.sequence.vocabulary import IdRange, Vocabulary
 
 VOCABULARY = Vocabulary(text_size=21, num_codes=13)
@@ -52,6 +65,80 @@ def test_an_image_that_is_read_shows_all_its_codes(shape: tuple[int, int, int]) 
     assert torch.equal(read.ids[:, :-1], drawn.ids)
     assert torch.equal(read.ids[:, -1], codes[:, -1, -1] + VOCABULARY.first_code)
     assert (read.targets, read.columns) == (None, shape[2])
+
+
+blocks = st.tuples(st.sampled_from([1, 2, 4]), st.integers(1, 3), st.integers(1, 3))
+
+
+@given(blocks)
+def test_blocks_hold_every_place_once_in_raster_order_of_blocks_and_inside_each(shape: tuple[int, int, int]) -> None:
+    side, down, across = shape
+    columns = across * side
+    order = drawing_order(down * side, columns, side=side).tolist()
+    assert sorted(order) == list(range(down * side * columns))
+    wanted = [
+        (down_block * side + row) * columns + across_block * side + column
+        for down_block in range(down)
+        for across_block in range(across)
+        for row in range(side)
+        for column in range(side)
+    ]
+    assert order == wanted
+
+
+def test_side_2_draws_a_grid_of_four_rows_as_the_page_shows() -> None:
+    numbers = torch.empty(16, dtype=torch.long)
+    numbers[drawing_order(4, 4, side=2)] = torch.arange(16)
+    assert numbers.view(4, 4).tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]))
+def test_each_position_of_a_block_gets_the_block_before_and_the_code_that_it_refines(
+    down: int, across: int, side: int, factor: int
+) -> None:
+    rows, columns = down * side * factor, across * side * factor
+    low, high = torch.randint(13, (2, down * side, across * side)), torch.randint(13, (2, rows, columns))
+    segment = upscaled_image(low, high, VOCABULARY, side=side)
+    assert segment.targets is not None
+    assert segment.low is not None
+    block = segment.block
+    assert block == side * side
+    assert bool((segment.ids[:, :block] == VOCABULARY.image_start).all())
+    assert torch.equal(segment.ids[:, block:], segment.targets[:, :-block])
+    row, column = segment.places()
+    assert torch.equal(segment.targets, high[:, row, column] + VOCABULARY.first_code)
+    assert torch.equal(segment.low, low[:, row // factor, column // factor] + VOCABULARY.first_code)
+
+
+@given(grids)
+def test_blocks_of_one_code_are_an_ordinary_image(shape: tuple[int, int, int]) -> None:
+    codes = torch.randint(13, shape)
+    found, wanted = upscaled_image(codes, codes, VOCABULARY, side=1), drawn_image(codes, VOCABULARY)
+    assert found.targets is not None
+    assert wanted.targets is not None
+    assert torch.equal(found.ids, wanted.ids)
+    assert torch.equal(found.targets, wanted.targets)
+    assert (found.columns, found.side, found.start) == (wanted.columns, wanted.side, wanted.start)
+
+
+def test_a_low_image_is_a_read_image_that_begins_otherwise() -> None:
+    codes = torch.randint(13, (2, 3, 4))
+    low, read = low_image(codes, VOCABULARY), read_image(codes, VOCABULARY)
+    assert torch.equal(low.ids[:, 1:], read.ids[:, 1:])
+    assert set(low.ids[:, 0].tolist()) == {VOCABULARY.low_start}
+    assert VOCABULARY.range_of(VOCABULARY.low_start) is IdRange.SPECIAL
+
+
+@pytest.mark.parametrize(("rows", "columns", "side"), [(2, 3, 2), (3, 4, 2), (4, 4, 0), (4, 6, 4)])
+def test_blocks_that_do_not_fill_the_grid_are_one_line(rows: int, columns: int, side: int) -> None:
+    with pytest.raises(ConfigError, match=f"blocks of {side}x{side} codes must fill the grid, got {rows}x{columns}"):
+        drawing_order(rows, columns, side=side)
+
+
+@pytest.mark.parametrize("grid", [(3, 6), (1, 1), (4, 4), (6, 4)])
+def test_a_grid_that_is_no_multiple_is_one_line(grid: tuple[int, int]) -> None:
+    with pytest.raises(ConfigError, match=f"got {grid[0]}x{grid[1]} for 2x3"):
+        refined_codes(torch.zeros(1, 2, 3), grid=grid)
 
 
 @given(texts, st.integers(0, 3))

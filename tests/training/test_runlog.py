@@ -1,9 +1,11 @@
 import json
+import resource
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from mars.errors import TrainingError
 from mars.training import runlog
 from mars.training.runlog import RunLog
 
@@ -69,3 +71,17 @@ def test_half_a_line_at_the_end_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo', "utf-8")
     RunLog(tmp_path, step=5).close()
     assert [line["step"] for line in lines(tmp_path)] == [1]
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runlog, "find_spec", lambda name: None)
+    log = RunLog(tmp_path / "run")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))  # as on a full disk
+    try:
+        with pytest.raises(TrainingError, match="cannot write the log in .*run: .*; make room and run again") as caught:
+            log.write(1, {"loss": 1.0})
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(caught.value)

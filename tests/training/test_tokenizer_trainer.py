@@ -162,7 +162,7 @@ def test_held_out_pictures_are_never_trained_on(tiny_pictures: Path) -> None:
     train, held_out = load_pictures([tiny_pictures])
     assert (len(train), len(held_out)) == (24, 8)
     for picture, pixels in zip(list(read_pictures(tiny_pictures))[24:], held_out, strict=True):
-        wanted = np.asarray(Image.open(io.BytesIO(picture.png)))
+        wanted = np.asarray(Image.open(io.BytesIO(picture.content)))
         assert torch.equal(pixels.permute(1, 2, 0), torch.from_numpy(wanted.copy()))
         assert not bool((train == pixels).flatten(1).all(dim=1).any())
 
@@ -174,9 +174,8 @@ def test_a_set_that_cannot_be_trained_on_is_one_line(tmp_path: Path, tiny_pictur
         load_pictures([tmp_path / "train.tar"])
     png = io.BytesIO()
     Image.new("RGB", (16, 16)).save(png, "PNG")
-    write_pictures(
-        tmp_path / "sizes.tar", [*pictures, Picture(record=replace(pictures[0].record, key="x"), png=png.getvalue())]
-    )
+    small = Picture(record=replace(pictures[0].record, key="x"), content=png.getvalue())
+    write_pictures(tmp_path / "sizes.tar", [*pictures, small])
     with pytest.raises(DataError, match="must share one size"):
         load_pictures([tmp_path / "sizes.tar"])
 

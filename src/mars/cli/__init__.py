@@ -19,6 +19,8 @@ from mars.cli.options import (
     Debug,
     Guidance,
     Json,
+    Lora,
+    LoraScale,
     Model,
     Precision,
     Temperature,
@@ -29,6 +31,7 @@ from mars.cli.options import (
     say,
 )
 from mars.cli.progress import bar
+from mars.cli.upscale import upscale
 from mars.errors import MarsError, PromptError, RequestError
 
 _UsageError: Any = typer.BadParameter.__bases__[0]
@@ -64,6 +67,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")
 app.command()(init)
+app.command()(upscale)
 
 
 def _standard_input() -> str:
@@ -98,7 +102,10 @@ def generate(
     top_p: TopP = None,
     candidates: Candidates = None,
     negative: Annotated[str, typer.Option(help="What guidance moves away from.")] = "",
+    upscale: Annotated[bool, typer.Option("--upscale", help="Draw each picture again in more detail.")] = False,
     model: Model = None,
+    lora: Lora = None,
+    lora_scale: LoraScale = 1.0,
     precision: Precision = "fp32",
     as_json: Json = False,
     debug: Debug = False,
@@ -109,13 +116,14 @@ def generate(
     prompts = _prompts(prompt)
     sampling = sampling_of(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, candidates=candidates)
     files = targets(out, n * len(prompts))
-    pipe = open_pipeline(model, precision=precision)
+    pipe = open_pipeline(model, precision=precision, lora=lora, lora_scale=lora_scale)
     pictures: list[dict[str, Any]] = []
     seconds: dict[str, float] = {}
     with bar("drawing") as progress:
         for drawn in draw_all(
-            pipe, prompts, n=n, seed=seed, size=(width, height), negative=negative, sampling=sampling, progress=progress
-        ):
+            pipe, prompts, n=n, seed=seed, size=(width, height), negative=negative, sampling=sampling, upscale=upscale,
+            progress=progress,
+        ):  # fmt: skip
             written = list(islice(files, len(drawn.images)))
             save(drawn, written)
             seconds = {name: seconds.get(name, 0.0) + value for name, value in drawn.seconds.items()}

@@ -1,6 +1,7 @@
 """Draws any number of prompts, as many in one call as the pipeline takes, and saves pictures as they come."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mars.cli.progress import Report
@@ -8,6 +9,8 @@ from mars.errors import RequestError
 from mars.files import whole_file
 from mars.generation.sampling import Sampling
 from mars.pipeline import MAX_IMAGES, Generated, MarsPipeline
+from mars.pipeline.checks import find_grid
+from mars.pipeline.upscaling import find_upscaling
 
 
 def targets(out: Path, count: int) -> Iterator[Path]:
@@ -42,30 +45,44 @@ def draw_all(
     size: tuple[int | None, int | None],
     negative: str,
     sampling: Sampling,
+    upscale: bool = False,
     progress: Report | None,
 ) -> Iterator[Generated]:
     """The prompts in their order, some per call; the pictures are those of one call, up to rounding.
 
     Args:
         size: width and height.
+        upscale: draw each picture again in more detail.
         progress: called with the steps of all calls together.
 
     Raises:
         PromptError: if a prompt is empty or too long, before anything is drawn.
-        RequestError: if the size, `n` or the seed cannot be used.
+        RequestError: if the size, `n` or the seed cannot be used, or the model cannot upscale.
     """
     pipe.check_prompts(prompts)
+    more = 0
+    if upscale:
+        factor, scale = pipe.model.image_tokenizer.config.factor, find_upscaling(pipe.model.info).scale
+        rows, columns = find_grid(*size, sizes=pipe.sizes, factor=factor)
+        more = rows * columns * scale**2
     some = max(1, MAX_IMAGES // max(1, n))
     starts = range(0, len(prompts), some)
+    drawing = 0
     for call, start in enumerate(starts):
 
         def report(done: int, total: int, call: int = call) -> None:
+            nonlocal drawing
+            drawing = total
             if progress is not None:
-                progress(call * total + done, len(starts) * total)
+                progress(call * (total + more) + done, len(starts) * (total + more))
 
         drawn = pipe(
             prompts[start : start + some], n=n, seed=seed, width=size[0], height=size[1], negative_prompt=negative,
             sampling=sampling, progress=report,
         )  # fmt: skip
         seed = drawn.seeds[0]  # where it was left to chance, all calls share it
+        if upscale:
+            seconds = drawn.seconds
+            drawn = pipe.upscale(drawn, progress=lambda done, _: report(drawing + done, drawing))
+            drawn = replace(drawn, seconds={name: value + seconds[name] for name, value in drawn.seconds.items()})
         yield drawn

@@ -1,8 +1,10 @@
 """Starts a training run from a configuration file: progress on the terminal, sample grids, a clean stop."""
 
+import signal
 import sys
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -45,12 +47,34 @@ def start_training(config: Path, overrides: Sequence[str], *, say: Callable[[str
             f"{stage_config.out} has already been trained for {trainer.step} steps; ask for more with --set steps=N, "
             "or for a new run with --set out=DIR"
         )
-    if trainer.step:
-        say(f"continuing {stage_config.out} at step {trainer.step}")
     base = None if stage_config.lora is None else stage_config.model.start_from
-    with _Display(stage_config.steps, say=say) as display:
-        trainer.train(report=display, sampler=partial(draw_samples, base=base))
+    say(f"continuing {stage_config.out} at step {trainer.step}" if trainer.step else stage_config.describe())
+    with _signals(say) as caught, _Display(stage_config.steps, say=say) as display:
+        sampler = partial(draw_samples, base=base)
+        done = trainer.train(report=display, sampler=sampler, stopping=lambda: bool(caught))
+    if not done:
+        say(f"stopped at step {trainer.step}, which is saved; run the same command again to continue")
+        sys.exit(128 + caught[0])  # as a shell reports a program that a signal has ended
     say(f"the {trainer.product.name} is in {stage_config.out / trainer.product.name}")
+
+
+@contextmanager
+def _signals(say: Callable[[str], None]) -> Iterator[list[int]]:
+    """The numbers of SIGTERM and SIGINT as they come; the second one ends the program at once."""
+    caught: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        say("this step is finished and saved; again to stop at once, without saving")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Display:
@@ -75,7 +99,7 @@ class _Display:
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
         """Shows the means since the last report."""
         pace = values["images_per_second"]
-        losses = "  ".join(f"{name} {value:.3f}" for name, value in values.items() if "loss" in name)
+        losses = "  ".join(f"{name} {value:.3f}" for name, value in values.items() if name.endswith("/loss"))
         text = f"{losses}  {values['tokens_per_second']:.0f} tokens/s  {pace:.1f} images/s"
         self.bar.update(self.task, completed=step, description=text)
         if self.bar.disable:

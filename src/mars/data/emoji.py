@@ -236,5 +236,7 @@ def make_emoji(*, cache: Path, size: int = 128, styles: tuple[str, ...] = tuple(
                     source=chosen.source,
                     licence=chosen.licence,
                     captions=_captions(concept, chosen),
+                    width=size,
+                    height=size,
                 )
-                yield Picture(record=record, png=png)
+                yield Picture(record=record, content=png)

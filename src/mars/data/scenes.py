@@ -392,5 +392,7 @@ def make_scenes(*, count: int, seed: int, size: int = 128) -> Iterator[Picture]:
             source="scenes",
             licence="CC0-1.0",
             captions=captions_of(scene),
+            width=size,
+            height=size,
         )
-        yield Picture(record=record, png=png.getvalue())
+        yield Picture(record=record, content=png.getvalue())

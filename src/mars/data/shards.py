@@ -1,8 +1,8 @@
 """What lies on disk: picture shards (WebDataset tar) and code shards (Parquet).
 
-A picture shard holds `KEY.png` and `KEY.json` per picture, as `webdataset`, `datasets` and Ray Data read
-them. A code shard is what training reads: the codes of a picture instead of its pixels, with the same
-captions.
+A picture shard holds a picture (`KEY.png`, `KEY.jpg` or `KEY.webp`) and its record (`KEY.json`) per key, as
+`webdataset`, `datasets` and Ray Data read them; the shards of a large set lie in a folder (`data/shard_folder.py`). A
+code shard is what training reads: the codes of a picture instead of its pixels, with the same captions.
 """
 
 import io
@@ -10,9 +10,9 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,14 @@ from PIL import Image
 from mars.errors import DataError
 from mars.files import whole_file
 
+Kind = Literal["name", "style", "tags", "scene", "paraphrase", "original", "dense", "translated"]
+"""What a caption is: `paraphrase` is never trained on, `original` came with the picture, `dense` tells all of it."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Suffix = Literal["png", "jpg", "webp"]
+SUFFIXES: tuple[Suffix, ...] = get_args(Suffix)
+INDEX = "dataset.json"
+"""What a folder of shards is known by: its settings, and whether it is finished."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Caption:
@@ -28,9 +36,9 @@ class Caption:
 
     text: str
     language: str
-    """`en` or `zh`."""
+    """ISO 639-1, as `en` or `zh`; `und` where nobody said."""
     kind: str
-    """`name`, `style`, `tags`, `scene`, or `paraphrase` (never trained on)."""
+    """One of `KINDS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +55,32 @@ class Record:
     source: str
     licence: str
     captions: tuple[Caption, ...]
+    width: int | None = None
+    """Pixels of the stored picture; null where nobody looked."""
+    height: int | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    """By the name of the scorer."""
+    url: str | None = None
+    """Where the picture was found."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A record with its pixels, as PNG bytes."""
+    """A record with its picture, as the bytes of a file."""
 
     record: Record
-    png: bytes
+    content: bytes
+    suffix: Suffix = "png"
+    """What the bytes are."""
 
     def pixels(self) -> npt.NDArray[np.uint8]:
         """(height, width, 3) red, green, blue, writable.
 
         Raises:
-            DataError: if the PNG is damaged.
+            DataError: if the picture is damaged.
         """
         try:
-            return np.array(Image.open(io.BytesIO(self.png)).convert("RGB"))
+            return np.array(Image.open(io.BytesIO(self.content)).convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(f"picture {self.record.key} is damaged ({error}); make its shard again") from error
 
@@ -76,11 +93,21 @@ class CodedPicture:
     codes: npt.NDArray[np.int32]
 
 
-def _record(fields: Any) -> Record:
-    if not isinstance(fields, dict):
+def _record(values: Any) -> Record:
+    if not isinstance(values, dict):
         raise TypeError("a record is not an object")
-    captions = tuple(Caption(**caption) for caption in fields.pop("captions"))
-    return Record(captions=captions, **fields)
+    captions = tuple(Caption(**caption) for caption in values.pop("captions"))
+    return Record(captions=captions, **values)
+
+
+def add_picture(tar: tarfile.TarFile, picture: Picture) -> None:
+    """Adds one picture to a tar: the same picture gives the same bytes, whoever writes them and when."""
+    meta = json.dumps(asdict(picture.record), ensure_ascii=False).encode()
+    for suffix, content in ((picture.suffix, picture.content), ("json", meta)):
+        member = tarfile.TarInfo(f"{picture.record.key}.{suffix}")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+    tar.members.clear()  # type: ignore[attr-defined] # memory must not grow with the data
 
 
 def write_pictures(path: Path, pictures: Iterable[Picture]) -> int:
@@ -88,38 +115,61 @@ def write_pictures(path: Path, pictures: Iterable[Picture]) -> int:
     count = 0
     with whole_file(path, error=DataError) as partial, tarfile.open(partial, "w") as tar:
         for picture in pictures:
-            meta = json.dumps(asdict(picture.record), ensure_ascii=False).encode()
-            for suffix, content in (("png", picture.png), ("json", meta)):
-                member = tarfile.TarInfo(f"{picture.record.key}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+            add_picture(tar, picture)
             count += 1
     return count
 
 
+def shard_paths(path: Path) -> list[Path]:
+    """The picture shards at `path`, in order: the one tar, or those of a finished folder.
+
+    Raises:
+        DataError: if nothing is there, or a folder that is no set of shards or not finished.
+    """
+    if not path.is_dir():
+        if path.is_file():
+            return [path]
+        raise DataError(f"no picture shard at {path}; make it with `mars data ingest`, `emoji` or `scenes`")
+    try:
+        index = json.loads((path / INDEX).read_text("utf-8"))
+        finished, shards = bool(index["finished"]), [path / name for name in index["shards"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise DataError(
+            f"{path} is not a folder of shards: it has no {INDEX}; make it with `mars data ingest`"
+        ) from None
+    if not finished:
+        raise DataError(f"{path} is not finished; run the command that makes it again, and it continues")
+    return shards
+
+
 def read_pictures(path: Path) -> Iterator[Picture]:
-    """Reads a WebDataset tar shard written by `write_pictures`.
+    """Reads the pictures of a WebDataset tar written by `write_pictures`, or of a folder of them (`shard_paths`).
 
     Raises:
         DataError: if the file is missing, is no tar, or a picture lacks its record.
     """
-    if not path.is_file():
-        raise DataError(f"no picture shard at {path}; make it with `mars data emoji` or `mars data scenes`")
+    for shard in shard_paths(path):
+        yield from _read_shard(shard)
+
+
+def _read_shard(path: Path) -> Iterator[Picture]:
     try:
         with tarfile.open(path, "r:") as tar:
-            key, png = "", None
+            waiting: tuple[str, Suffix, bytes] | None = None
             for member in tar:
                 file = tar.extractfile(member)
                 content = file.read() if file else b""
-                if png is None and member.name.endswith(".png"):
-                    key, png = member.name.removesuffix(".png"), content
-                elif png is not None and member.name == f"{key}.json":
-                    yield Picture(record=_record(json.loads(content)), png=png)
-                    png = None
+                tar.members.clear()  # type: ignore[attr-defined] # memory must not grow with the shard
+                key, _, suffix = member.name.rpartition(".")
+                if waiting is None and suffix in SUFFIXES:
+                    waiting = key, suffix, content
+                elif waiting is not None and member.name == f"{waiting[0]}.json":
+                    yield Picture(record=_record(json.loads(content)), content=waiting[2], suffix=waiting[1])
+                    waiting = None
                 else:
                     raise ValueError(f"{member.name} does not belong behind what precedes it")
-        if png is not None:
-            raise ValueError(f"{key}.png has no record")
+        if waiting is not None:
+            raise ValueError(f"{waiting[0]}.{waiting[1]} has no record")
         if not _ends_with_zeros(path):
             raise ValueError("it was cut short")
     except (tarfile.TarError, OSError, KeyError, ValueError, TypeError) as error:
@@ -138,6 +188,14 @@ def write_codes(path: Path, coded: Iterable[CodedPicture], *, tokenizer: str) ->
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    text, number, pixels = pa.string(), pa.int64(), pa.int32()
+    caption = pa.struct([(name, text) for name in ("text", "language", "kind")])
+    known = {"captions": pa.list_(caption), "width": pixels, "height": pixels, "scores": pa.map_(text, pa.float64())}
+    schema = pa.schema(
+        [(each.name, known.get(each.name, text)) for each in fields(Record)]
+        + [("rows", number), ("columns", number), ("codes", pa.list_(pa.int16()))],
+        metadata={"image_tokenizer": tokenizer},
+    )
     rows = []
     for item in coded:
         row = asdict(item.record)
@@ -148,10 +206,7 @@ def write_codes(path: Path, coded: Iterable[CodedPicture], *, tokenizer: str) ->
         rows.append(row)
     if not rows:
         raise DataError(f"a code shard must hold at least one picture, got none for {path}")
-    table = pa.Table.from_pylist(rows)
-    codes = table.schema.get_field_index("codes")
-    table = table.set_column(codes, "codes", table["codes"].cast(pa.list_(pa.int16())))
-    table = table.replace_schema_metadata({"image_tokenizer": tokenizer})
+    table = pa.Table.from_pylist(rows, schema=schema)
     with whole_file(path, error=DataError) as partial:
         pq.write_table(table, partial, compression="zstd", compression_level=19)
     return len(rows)
@@ -175,6 +230,7 @@ def read_codes(path: Path) -> tuple[list[CodedPicture], str]:
         for row in table.to_pylist():
             shape = (row.pop("rows"), row.pop("columns"))
             codes = np.asarray(row.pop("codes"), dtype=np.int32).reshape(shape)
+            row["scores"] = dict(row.get("scores") or ())
             coded.append(CodedPicture(record=_record(row), codes=codes))
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
         raise DataError(f"{path} is not a code shard ({error}); make it with `mars data encode`") from error

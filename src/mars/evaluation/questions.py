@@ -124,4 +124,4 @@ def _prompts(picture: Picture, *, chosen: PromptSet) -> dict[str, str]:
 
 def _differs(other: Picture, *, picture: Picture, texts: set[str]) -> bool:
     same_concept = other.record.concept == picture.record.concept
-    return not (same_concept or other.png == picture.png or texts & {one.text for one in other.record.captions})
+    return not (same_concept or other.content == picture.content or texts & {one.text for one in other.record.captions})

@@ -1,10 +1,11 @@
 """Ids in, ids out: draws code grids for prompts, and continues text. Knows neither pixels nor strings.
 
-Letters: B requests, T positions, R rows, C columns.
+Letters: B requests, T positions, R rows, C columns, N = R * C codes, K codes of a step, V ids to choose from.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -29,13 +30,17 @@ class DrawRequest:
     sampling: Sampling
 
 
+Request = TypeVar("Request", bound=DrawRequest)
+
 MAX_ROWS = 128
 """Candidates that are drawn at once; more would only wait for each other."""
 SEED_STRIDE = 0x1E3779B97F4A7C15
 """Between the seeds of the candidates of one request."""
 
 Progress = Callable[[int, int], None]
-"""Called after each code with how many are done and how many there are."""
+"""Called after each step with how many codes are done and how many there are."""
+Tell = Callable[[int], None]
+"""Called after each step of a batch with how many of its codes are done."""
 
 
 @torch.inference_mode()
@@ -55,7 +60,34 @@ def draw(
     Raises:
         RequestError: if a prompt and its image do not fit into the LLM's positions.
     """
-    places = grid[0] * grid[1]
+
+    left = sum(request.sampling.candidates for request in requests)
+
+    def draw_rows(rows: Sequence[DrawRequest], tell: Tell) -> tuple[Tensor, Tensor]:
+        nonlocal left
+        guidance = Guidance([request.sampling.guidance for request in rows])
+        cache = read_prompts(transformer, rows, guidance=guidance, room=grid[0] * grid[1])
+        left -= len(rows)
+        if release_language and not left:
+            transformer.release_language()
+        return draw_codes(transformer, cache, rows, guidance=guidance, grid=grid, tell=tell)
+
+    return draw_likeliest(requests, draw_rows, places=grid[0] * grid[1], progress=progress).view(-1, *grid)
+
+
+def draw_likeliest(
+    requests: Sequence[Request],
+    draw_rows: Callable[[Sequence[Request], Tell], tuple[Tensor, Tensor]],
+    *,
+    places: int,
+    progress: Progress | None,
+) -> Tensor:
+    """Draws every candidate of every request, some in a batch, and keeps the likeliest of each request: (B, N).
+
+    Args:
+        draw_rows: codes (rows, N) in the order of drawing, and their log-likelihoods (rows,), of a batch.
+        places: N.
+    """
     batches = _batches(requests)
     kept: list[Tensor] = []
     for number, batch in enumerate(batches):
@@ -64,22 +96,19 @@ def draw(
             if progress is not None:
                 progress(before + done, len(batches) * places)
 
-        last = number == len(batches) - 1
         rows = [candidate for request in batch for candidate in _candidates(request)]
-        codes_BN, likelihoods_B = _draw_rows(
-            transformer, rows, grid=grid, release_language=release_language and last, tell=tell
-        )
+        codes_BN, likelihoods_B = draw_rows(rows, tell)
         start = 0
         for request in batch:
             end = start + request.sampling.candidates
             kept.append(codes_BN[start + int(likelihoods_B[start:end].argmax())])
             start = end
-    return torch.stack(kept).view(-1, *grid)
+    return torch.stack(kept)
 
 
-def _batches(requests: Sequence[DrawRequest]) -> list[list[DrawRequest]]:
+def _batches(requests: Sequence[Request]) -> list[list[Request]]:
     """Requests in order, as many at a time as their candidates allow."""
-    batches: list[list[DrawRequest]] = [[]]
+    batches: list[list[Request]] = [[]]
     room = MAX_ROWS
     for request in requests:
         if batches[-1] and request.sampling.candidates > room:
@@ -90,7 +119,7 @@ def _batches(requests: Sequence[DrawRequest]) -> list[list[DrawRequest]]:
     return batches
 
 
-def _candidates(request: DrawRequest) -> list[DrawRequest]:
+def _candidates(request: Request) -> list[Request]:
     """The request with a seed per candidate; the first keeps its own."""
     return [
         replace(request, seed=(request.seed + number * SEED_STRIDE) % 2**63)
@@ -98,42 +127,58 @@ def _candidates(request: DrawRequest) -> list[DrawRequest]:
     ]
 
 
-def _draw_rows(
+def draw_codes(
     transformer: MarsTransformer,
+    cache: StaticCache,
     requests: Sequence[DrawRequest],
     *,
+    guidance: Guidance,
     grid: tuple[int, int],
-    release_language: bool,
-    tell: Callable[[int], None],
+    side: int = 1,
+    low_BN: Tensor | None = None,
+    tell: Tell,
 ) -> tuple[Tensor, Tensor]:
-    """Codes (B, N) of each request, and their log-likelihood (B,) after the prompt in nats."""
-    vocabulary, places = transformer.vocabulary, grid[0] * grid[1]
-    guidance = Guidance([request.sampling.guidance for request in requests])
-    texts = [request.prompt for request in requests] + [requests[index].free for index in guidance.guided]
-    cache = _read_texts(transformer, texts, room=places)
-    if release_language:
-        transformer.release_language()
-    samplings = [request.sampling for request in requests]
+    """Draws codes after what the cache holds, a block of K = side * side at a time (`sequence/layout.py`).
+
+    Args:
+        low_BN: ids of the low-resolution codes that are refined, one row per row of the cache, in the order of drawing.
+        tell: called after each block with how many codes are done.
+
+    Returns:
+        codes (B, N) in the order of drawing, and their log-likelihood (B,) after the prompt in nats.
+    """
+    vocabulary, places, block = transformer.vocabulary, grid[0] * grid[1], side * side
     device = transformer.visual_embedding.weight.device
-    generators = [torch.Generator(device).manual_seed(request.seed) for request in requests]
-    ids = torch.full((guidance.rows,), vocabulary.image_start, device=device)
+    samplings = [request.sampling for request in requests for _ in range(block)]
+    sources = [torch.Generator(device).manual_seed(request.seed) for request in requests]
+    generators = [source for source in sources for _ in range(block)]
+    ids_BK = torch.full((guidance.rows, block), vocabulary.image_start, device=device)
     codes_BN = torch.empty(len(requests), places, dtype=torch.long, device=device)
     likelihoods_B = torch.zeros(len(requests), device=device)
-    for place in range(places):
-        segment = Segment(modality=Modality.IMAGE, ids=ids[:, None], columns=grid[1], start=place)
-        hidden = transformer(segment, cache)
-        logits = transformer.visual_logits(hidden[:, 0])[:, : vocabulary.num_codes]
-        chosen_B = sample(guidance.combine(logits), samplings, generators)
+    for start in range(0, places, block):
+        low_BK = None if low_BN is None else low_BN[:, start : start + block]
+        segment = Segment(modality=Modality.IMAGE, ids=ids_BK, columns=grid[1], start=start, side=side, low=low_BK)
+        logits = transformer.visual_logits(transformer(segment, cache))[..., : vocabulary.num_codes]
+        guided = guidance.combine(logits.flatten(1)).view(len(samplings), -1)
+        chosen_BK = sample(guided, samplings, generators).view(len(requests), block)
         prompted = logits[: len(requests)].float()
-        likelihoods_B += prompted.gather(1, chosen_B[:, None])[:, 0] - prompted.logsumexp(dim=1)
-        codes_BN[:, place] = chosen_B
-        ids = guidance.spread(chosen_B) + vocabulary.first_code
-        tell(place + 1)
+        surprises = prompted.logsumexp(dim=2) - prompted.gather(2, chosen_BK[..., None])[..., 0]
+        likelihoods_B -= surprises.sum(dim=1)
+        codes_BN[:, start : start + block] = chosen_BK
+        ids_BK = guidance.spread(chosen_BK) + vocabulary.first_code
+        tell(start + block)
     return codes_BN, likelihoods_B
 
 
-def _read_texts(transformer: MarsTransformer, texts: Sequence[tuple[int, ...]], *, room: int) -> StaticCache:
-    """A cache that has read one text per row (each distinct one once) and has `room` for what follows."""
+def read_prompts(
+    transformer: MarsTransformer, requests: Sequence[DrawRequest], *, guidance: Guidance, room: int
+) -> StaticCache:
+    """A cache that has read the text of each row of the batch (each distinct one once); `room` positions may follow.
+
+    Raises:
+        RequestError: if that does not fit into the LLM's positions.
+    """
+    texts = [request.prompt for request in requests] + [requests[index].free for index in guidance.guided]
     size = max(map(len, texts)) + room
     limit = transformer.config.language.max_positions
     if size > limit:

@@ -6,6 +6,11 @@ two tracks of columns, `all` and `text`; a layer reads one of them.
     track all    | text text text pad | <img> c0 c1 ...
     track text   | text text text pad |
 
+A query sees every real column before its block and its whole block; a block is one position, but for super-resolution.
+Columns stand in the order of drawing. With blocks of K = 4:
+
+    track all    | text text pad | <low> l0 l1 ... | <img> <img> <img> <img> | c0 c1 c2 c3 | c4 ...
+
 Letters: B batch, T new positions, S columns so far, G key/value heads, E head width.
 """
 
@@ -56,25 +61,30 @@ class Cache:
         lengths_B = self.lengths_B if self.lengths_B is not None else ids.new_zeros(len(ids))
         counts_BT = real.cumsum(dim=1)
         positions_BT = lengths_B[:, None] + (counts_BT - 1).clamp(min=0)
+        if segment.side > 1:  # a code has the position of its raster place, whatever the order of drawing
+            rows, columns = segment.places()
+            positions_BT = lengths_B[:, None] - segment.start + rows * segment.columns + columns
         self.lengths_B = lengths_B + counts_BT[:, -1]
         self.longest += ids.shape[1]
         tracks = (True, False) if segment.modality is Modality.TEXT else (True,)
-        padded = segment.mask is not None
-        return positions_BT, {track: self._extend_mask(real, track=track, padded=padded) for track in tracks}
+        return positions_BT, {track: self._extend_mask(real, segment, track=track) for track in tracks}
 
-    def _extend_mask(self, real: Tensor, *, track: bool, padded: bool) -> Tensor | None:
+    def _extend_mask(self, real: Tensor, segment: Segment, *, track: bool) -> Tensor | None:
         before = self.masks[track]
         after = real if before is None else torch.cat([before, real], dim=1)
         self.masks[track] = after
-        self.padded[track] |= padded
-        return self._query_mask(after, track=track, new=real.shape[1])
+        self.padded[track] |= segment.mask is not None
+        return self._query_mask(after, track=track, new=real.shape[1], block=segment.block)
 
-    def _query_mask(self, columns_BS: Tensor, *, track: bool, new: int) -> Tensor | None:
-        if new == 1 and not self.padded[track]:
+    def _query_mask(self, columns_BS: Tensor, *, track: bool, new: int, block: int) -> Tensor | None:
+        """Of queries (B, 1, new, S), or null: each sees what came before its block, and the whole of that."""
+        if new == block and not self.padded[track]:
             return None
+        assert new % block == 0, "a segment holds whole blocks"
         size = columns_BS.shape[1]
-        causal = torch.ones(new, size, dtype=torch.bool, device=columns_BS.device).tril(size - new)
-        return causal & columns_BS[:, None, None, :]
+        column = torch.arange(size, device=columns_BS.device)
+        ends = (torch.arange(new, device=columns_BS.device) // block + 1) * block + size - new
+        return (column < ends[:, None]) & columns_BS[:, None, None, :]
 
     def extend(self, layer: int, k_BGTE: Tensor, v_BGTE: Tensor) -> tuple[Tensor, Tensor]:
         """Adds keys and values of the segment that was begun; returns all columns of the layer, (B, G, S, E)."""
@@ -165,14 +175,14 @@ class StaticCache(Cache):
         self.used = {True: 0, False: 0}
         self.new = 0
 
-    def _extend_mask(self, real: Tensor, *, track: bool, padded: bool) -> Tensor | None:
+    def _extend_mask(self, real: Tensor, segment: Segment, *, track: bool) -> Tensor | None:
         start, self.new = self.used[track], real.shape[1]
         end = start + self.new
         self._check_fits(end)
         self.columns[int(track), :, start:end] = real
         self.used[track] = end
-        self.padded[track] |= padded
-        return self._query_mask(self.columns[int(track), :, :end], track=track, new=self.new)
+        self.padded[track] |= segment.mask is not None
+        return self._query_mask(self.columns[int(track), :, :end], track=track, new=self.new, block=segment.block)
 
     def extend(self, layer: int, k_BGTE: Tensor, v_BGTE: Tensor) -> tuple[Tensor, Tensor]:
         """Writes keys and values in place; returns a view of all columns of the layer, (B, G, S, E)."""

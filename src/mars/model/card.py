@@ -13,7 +13,7 @@ from typing import Any
 from mars.errors import DataError, ModelError
 from mars.hub import is_hub_id
 from mars.image_tokenizer.config import ImageTokenizerConfig
-from mars.model.config import ModelConfig
+from mars.model.config import ModelConfig, UpscaleConfig
 from mars.model.costs import count_parameters, meta_image_tokenizer, meta_transformer
 
 TAGS = ("mars", "image-to-text", "autoregressive", "vq-gan")
@@ -30,6 +30,8 @@ class CardFacts:
     visual_digest: str
     grids: Sequence[tuple[int, int]]
     """(rows, columns) of codes that it was trained on."""
+    upscale: UpscaleConfig | None = None
+    """How it was trained to draw its grids again, larger."""
     base_model: str | None = None
     """The LLM's id on the hub, where it has one."""
     hub_id: str | None = None
@@ -131,6 +133,7 @@ def _description(config: ModelConfig, facts: CardFacts, *, image_tokenizer: Imag
         "Visual expert (trained)": f"{visual:,} parameters, width {config.visual_width:,}, {layers}",
         "Image tokenizer": f"{pictures:,} parameters, {image_tokenizer.num_codes:,} codes of {factor}x{factor} pixels",
         "Picture sizes": sizes,
+        "Super-resolution": "none" if facts.upscale is None else facts.upscale.text(facts.grids, factor=factor),
         "Vocabulary": f"{vocabulary.size:,} ids: {vocabulary.text_size:,} of text, {vocabulary.num_codes:,} codes, "
         f"{vocabulary.size - vocabulary.first_special} special and unused",
         "Visual digest": f"`{facts.visual_digest}`",

@@ -1,5 +1,7 @@
 """The shapes of a MARS transformer: the language model that it is built on, and its visual expert."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -133,6 +135,9 @@ class SemVIEConfig:
     """Ours: learned row and column embeddings added at image positions. A pocket model learns its grid sooner."""
     max_grid: int = 32
     """Largest number of rows or of columns that the grid embedding knows."""
+    low_input: bool = False
+    """Ours: an image position may also get the low-resolution code that it refines, through a projection that starts
+    at zero. Super-resolution needs it."""
 
     def __post_init__(self) -> None:
         if self.init not in ("copy", "random"):
@@ -193,3 +198,34 @@ class ModelConfig:
         if self.semvie.visual_layers is None:
             return tuple(range(self.language.num_layers))
         return tuple(sorted(set(self.semvie.visual_layers)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpscaleConfig:
+    """How a model was trained to draw its grids again, larger (ours: `sequence/layout.py`). It changes no weights."""
+
+    scale: int = 2
+    """How many times as many rows and columns are drawn."""
+    codes_per_step: int = 4
+    """K: 1 is next-token prediction, 4 and 16 are blocks of 2x2 and 4x4 codes."""
+
+    def __post_init__(self) -> None:
+        if self.scale < 2:
+            raise ConfigError(f"upscale.scale must be at least 2, got {self.scale}")
+        if self.codes_per_step < 1 or self.side**2 != self.codes_per_step:
+            raise ConfigError(f"upscale.codes_per_step must be a square such as 1, 4 or 16, got {self.codes_per_step}")
+
+    @property
+    def side(self) -> int:
+        """Codes on each side of a block."""
+        return math.isqrt(self.codes_per_step)
+
+    def high(self, low: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the grid that is drawn for one that is refined."""
+        return low[0] * self.scale, low[1] * self.scale
+
+    def text(self, grids: Iterable[tuple[int, int]], *, factor: int) -> str:
+        """Sizes in pixels, and K."""
+        pairs = ((grid, self.high(grid)) for grid in grids)
+        sizes = (" to ".join(f"{columns * factor}x{rows * factor}" for rows, columns in pair) for pair in pairs)
+        return f"{', '.join(sizes)}; {self.codes_per_step} codes a step"

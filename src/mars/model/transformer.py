@@ -46,7 +46,8 @@ class MarsTransformer(nn.Module):
 
     Tables: `language_embedding` and `language_head` (absent when tied) are the LLM's; `visual_embedding` and
     `visual_head` hold a row per code, special and dead id; `special_embedding` and `special_head` are the special
-    ids as text positions see them, in the LLM's width.
+    ids as text positions see them, in the LLM's width. `low_projection` (absent unless `semvie.low_input`) is what an
+    image position makes of the low-resolution code that it refines.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -74,6 +75,8 @@ class MarsTransformer(nn.Module):
             self.visual_grid = nn.ParameterDict(
                 {side: torch.empty(config.semvie.max_grid + 1, width) for side in ("rows", "columns")}
             )
+        if config.semvie.low_input:
+            self.low_projection = Linear(width, width, bias=False)
 
     def forward(self, segment: Segment, cache: Cache) -> Tensor:
         """Runs a segment after what the cache holds; returns its final hidden states (B, T, D).
@@ -85,7 +88,8 @@ class MarsTransformer(nn.Module):
             raise RequestError("the language expert was released after its prompt; open the model again")
         positions_BT, masks = cache.begin(segment)
         x_BTD = self.embed(segment)
-        rotary = self.rotary.at(positions_BT, longest=cache.longest, dtype=x_BTD.dtype)
+        longest = cache.longest + (segment.side - 1) * segment.columns  # rows that a block has begun
+        rotary = self.rotary.at(positions_BT, longest=longest, dtype=x_BTD.dtype)
         visual_layers = set(cache.visual_layers)
         for index, layer in enumerate(self.layers):
             if segment.modality is Modality.TEXT or index in visual_layers:
@@ -147,10 +151,11 @@ class MarsTransformer(nn.Module):
             return torch.where(special[..., None], rows, text)
         visual: Tensor = self.visual_embedding(segment.ids - self.vocabulary.first_code)
         if self.config.semvie.grid_embedding:
-            places = torch.arange(segment.start, segment.start + segment.ids.shape[1], device=visual.device)
-            limit = self.config.semvie.max_grid
-            rows = self.visual_grid["rows"][(places // segment.columns).clamp(max=limit)]
-            visual = visual + rows + self.visual_grid["columns"][(places % segment.columns).clamp(max=limit)]
+            rows, columns = (place.clamp(max=self.config.semvie.max_grid) for place in segment.places())
+            visual = visual + self.visual_grid["rows"][rows] + self.visual_grid["columns"][columns]
+        if segment.low is not None:
+            low: Tensor = self.visual_embedding(segment.low - self.vocabulary.first_code)
+            visual = visual + self.low_projection(low.to(self.dtype))
         return visual
 
     def text_logits(self, hidden_BTD: Tensor) -> Tensor:
@@ -272,6 +277,9 @@ def start_visual(
             continue
         if weight.dim() == 1:
             weight.copy_(transformer.language_norm.weight if len(weight) == len(mean) else torch.ones_like(weight))
+            continue
+        if name.startswith("low_projection"):
+            weight.zero_()  # what was trained without it goes on as it was
             continue
         weight.normal_(0, 1, generator=generator)
         if name.startswith("visual_grid"):

@@ -1,12 +1,25 @@
 """How text and images become one sequence: a list of segments, each of one modality.
 
-    text to image   [ text: caption                 ] [ image: <img> c0 c1 ... ]
-    captioning      [ image: <img> c0 c1 ... c(N-1) ] [ text: </img> caption   ]
+    text to image    [ text: caption                 ] [ image: <img> c0 c1 ... ]
+    captioning       [ image: <img> c0 c1 ... c(N-1) ] [ text: </img> caption   ]
+    super-resolution [ text: caption ] [ image: <low> l0 l1 ... ] [ image: blocks of the high-resolution grid ]
 
 `<img>` belongs to the image (it predicts the first code, so the trained expert runs it); `</img>` belongs to the text.
 Rows of a batch are padded on the right; `mask` says which positions are real.
 
-Letters: B batch, T positions, R rows, C columns, N = R * C codes.
+Super-resolution with the next K tokens is our own design: the paper gives none that can be confirmed. The high grid is
+cut into blocks of side x side codes, K = side * side of them, in raster order of blocks. One step runs a block: each of
+its positions predicts the code at its own place, from the code at the same place of the block before (`<img>` in the
+first block) and from the code of the low-resolution cell that it refines. Attention is causal between blocks and full
+inside one. With side = 1 that is next-token prediction. Side 2, in order, of a grid of four rows and columns:
+
+     0  1 |  4  5
+     2  3 |  6  7
+    ------+------
+     8  9 | 12 13
+    10 11 | 14 15
+
+Letters: B batch, T positions, R rows, C columns, N = R * C codes, K codes of a block.
 """
 
 from collections.abc import Sequence
@@ -17,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mars.errors import ConfigError
 from mars.sequence.vocabulary import Vocabulary
 
 IGNORE = -100
@@ -44,7 +58,21 @@ class Segment:
     columns: int = 0
     """Image only: columns of the code grid."""
     start: int = 0
-    """Image only: place of the first position, 0 being `<img>`; position p predicts code p in raster order."""
+    """Image only: number of the first position, 0 being `<img>`; position p predicts code p in the order of drawing."""
+    side: int = 1
+    """Image only: codes are drawn in blocks of side x side; 1 is raster order. A segment holds whole blocks."""
+    low: Tensor | None = None
+    """Image only: (B, T) id of the low-resolution code that each position refines."""
+
+    @property
+    def block(self) -> int:
+        """K, the positions of one step."""
+        return self.side * self.side
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Row and column (T,) of the code that each position of an image predicts."""
+        numbers = torch.arange(self.start, self.start + self.ids.shape[1], device=self.ids.device)
+        return _row_and_column(numbers, columns=self.columns, side=self.side)
 
     def to(self, device: torch.device) -> "Segment":
         """The same on a device."""
@@ -52,6 +80,41 @@ class Segment:
             name: tensor.to(device) for name, tensor in vars(self).items() if isinstance(tensor, Tensor)
         }
         return replace(self, **moved)
+
+
+def _row_and_column(numbers: Tensor, *, columns: int, side: int) -> tuple[Tensor, Tensor]:
+    """Row and column of codes by their number in the order of drawing, of the same shape."""
+    blocks, inside = numbers // (side * side), numbers % (side * side)
+    blocks_across = columns // side
+    rows = blocks // blocks_across * side + inside // side
+    return rows, blocks % blocks_across * side + inside % side
+
+
+def drawing_order(rows: int, columns: int, *, side: int) -> Tensor:
+    """Raster places (N,) of the codes of a grid in the order in which blocks of side x side draw them.
+
+    Raises:
+        ConfigError: if blocks do not fill the grid.
+    """
+    if side < 1 or rows % side or columns % side:
+        raise ConfigError(f"blocks of {side}x{side} codes must fill the grid, got {rows}x{columns}; use another block")
+    row, column = _row_and_column(torch.arange(rows * columns), columns=columns, side=side)
+    return row * columns + column
+
+
+def refined_codes(low_BRC: Tensor, *, grid: tuple[int, int]) -> Tensor:
+    """The low-resolution code that each code of a larger grid refines, (B, *grid).
+
+    Raises:
+        ConfigError: if the grid is not a whole number of times larger, the same both ways.
+    """
+    rows, columns = low_BRC.shape[1:]
+    factor = grid[0] // rows
+    if factor < 1 or grid != (rows * factor, columns * factor):
+        raise ConfigError(
+            f"a high grid must be a whole number of times the low one, got {grid[0]}x{grid[1]} for {rows}x{columns}"
+        )
+    return low_BRC.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
 
 
 def pad(rows: Sequence[Sequence[int]], *, fill: int) -> tuple[Tensor, Tensor | None]:
@@ -82,11 +145,41 @@ def drawn_image(codes_BRC: Tensor, vocabulary: Vocabulary) -> Segment:
     )
 
 
+def upscaled_image(low_BRC: Tensor, high_BRC: Tensor, vocabulary: Vocabulary, *, side: int) -> Segment:
+    """An image to be drawn in blocks of side x side codes, after the smaller one that it refines was read. T = N.
+
+    Raises:
+        ConfigError: if blocks do not fill the grid, or it is not a whole number of times the low one.
+    """
+    rows, columns = high_BRC.shape[1:]
+    order = drawing_order(rows, columns, side=side).to(high_BRC.device)
+    low = refined_codes(low_BRC, grid=(rows, columns)).flatten(1)[:, order] + vocabulary.first_code
+    ids = high_BRC.flatten(1)[:, order] + vocabulary.first_code
+    start = ids.new_full((len(ids), side * side), vocabulary.image_start)
+    return Segment(
+        modality=Modality.IMAGE,
+        ids=torch.cat([start, ids[:, : -side * side]], dim=1),
+        targets=ids,
+        columns=columns,
+        side=side,
+        low=low,
+    )
+
+
 def read_image(codes_BRC: Tensor, vocabulary: Vocabulary) -> Segment:
     """An image that is only read: `<img>` and all codes. T = N + 1."""
+    return _read(codes_BRC, vocabulary, start=vocabulary.image_start)
+
+
+def low_image(codes_BRC: Tensor, vocabulary: Vocabulary) -> Segment:
+    """A low-resolution image that is read before a larger one is drawn: `<low>` and all codes. T = N + 1."""
+    return _read(codes_BRC, vocabulary, start=vocabulary.low_start)
+
+
+def _read(codes_BRC: Tensor, vocabulary: Vocabulary, *, start: int) -> Segment:
     ids = codes_BRC.flatten(1) + vocabulary.first_code
-    start = ids.new_full((len(ids), 1), vocabulary.image_start)
-    return Segment(modality=Modality.IMAGE, ids=torch.cat([start, ids], dim=1), columns=codes_BRC.shape[2])
+    begin = ids.new_full((len(ids), 1), start)
+    return Segment(modality=Modality.IMAGE, ids=torch.cat([begin, ids], dim=1), columns=codes_BRC.shape[2])
 
 
 def written_text(

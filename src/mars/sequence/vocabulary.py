@@ -71,6 +71,11 @@ class Vocabulary:
         """Id of `</img>`, which belongs to the text that follows an image."""
         return self.first_special + 1
 
+    @property
+    def low_start(self) -> int:
+        """Id of `<low>`, which begins a low-resolution image that is read."""
+        return self.first_special + 2
+
     def range_of(self, index: int) -> IdRange:
         """What kind of id `index` is.
 

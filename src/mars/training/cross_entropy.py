@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 2**24
-"""Logits that are in memory at once: 64 MiB in fp32."""
+CHUNK = 2**23
+"""Logits of a chunk: 32 MiB in fp32, and twice that for a moment."""
 
 
 class TokenLoss(NamedTuple):
@@ -44,35 +44,28 @@ class _TokenLoss(torch.autograd.Function):
     def forward(
         ctx: Any, states_ND: Tensor, table_VD: Tensor, targets_N: Tensor, z_loss: float, wanted: tuple[bool, bool]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        device, count = states_ND.device.type, len(states_ND)
+        device, count, rows = states_ND.device.type, len(states_ND), max(1, CHUNK // len(table_VD))
         lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states_ND.dtype
-        rows = max(1, CHUNK // len(table_VD))
+        sums = torch.zeros(3, device=states_ND.device)
+        grad_states = torch.empty_like(states_ND) if wanted[0] else None
+        grad_table = torch.zeros_like(table_VD) if wanted[1] else None
         with torch.autocast(device, enabled=False):
             states, table = states_ND.to(lower), table_VD.to(lower)
-            sums = torch.zeros(3, device=states.device)
-            grad_states = torch.empty_like(states_ND) if wanted[0] else None
-            grad_table = torch.zeros_like(table_VD) if wanted[1] else None
             for start in range(0, count, rows):
                 chunk = slice(start, start + rows)
-                logits = F.linear(states[chunk], table).float()
-                denominators = logits.logsumexp(dim=1)
-                chosen = logits.gather(1, targets_N[chunk, None])[:, 0]
-                sums[0] += (denominators - chosen).sum()
-                sums[1] += denominators.square().sum()
-                sums[2] += torch.linalg.vector_norm(logits, dim=1).sum()
-                if not any(wanted):
+                weight = 1 / count if any(wanted) else None
+                figures, slopes = _chunk(states[chunk], table, targets_N[chunk], z_loss=z_loss, weight=weight)
+                sums += figures
+                if slopes is None:
                     continue
-                slopes = logits.sub_(denominators[:, None]).exp_()  # the softmax, in the memory of the logits
-                if z_loss:
-                    slopes.mul_((1 + 2 * z_loss * denominators)[:, None])
-                slopes.scatter_add_(1, targets_N[chunk, None], slopes.new_full((len(slopes), 1), -1.0))
-                slopes = slopes.div_(count).to(lower)
+                slopes = slopes.to(lower)
                 if grad_states is not None:
                     grad_states[chunk] = slopes @ table
                 if grad_table is not None:
                     grad_table += slopes.T @ states[chunk]
-            ctx.grads = grad_states, grad_table
-            nats, squares, norm = (sums / count).unbind()
+                del slopes  # before the next logits are there
+        ctx.grads = grad_states, grad_table
+        nats, squares, norm = (sums / count).unbind()
         ctx.mark_non_differentiable(nats, norm)
         return nats + z_loss * squares, nats, norm
 
@@ -81,3 +74,22 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         states, table = (None if grad is None else grad * slope for grad in ctx.grads)
         return states, table, None, None, None
+
+
+def _chunk(
+    states_ND: Tensor, table_VD: Tensor, targets_N: Tensor, *, z_loss: float, weight: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Sums over some positions of cross-entropy, squared log of the denominator and logit norm; and with `weight` the
+    slope (N, V) of so many times their loss at each logit."""
+    logits_NV = F.linear(states_ND, table_VD).float()
+    norms_N = torch.linalg.vector_norm(logits_NV, dim=1)
+    chosen_N = logits_NV.gather(1, targets_N[:, None])[:, 0]
+    largest_N = logits_NV.amax(dim=1)
+    shares_NV = logits_NV.sub_(largest_N[:, None]).exp_()  # in the memory of the logits, which are not needed again
+    totals_N = shares_NV.sum(dim=1)
+    denominators_N = totals_N.log() + largest_N
+    sums = torch.stack([(denominators_N - chosen_N).sum(), denominators_N.square().sum(), norms_N.sum()])
+    if weight is None:
+        return sums, None
+    slopes_NV = shares_NV.mul_((weight * (1 + 2 * z_loss * denominators_N) / totals_N)[:, None])
+    return sums, slopes_NV.scatter_add_(1, targets_N[:, None], torch.full_like(chosen_N, -weight)[:, None])

@@ -37,7 +37,7 @@ class Meter:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """What `state` gave."""
-        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+        self.sums, self.counts = dict(state.get("sums", {})), dict(state.get("counts", {}))
 
 
 class Pace:

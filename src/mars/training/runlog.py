@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ class RunLog:
 
     def close(self) -> None:
         """Ends the log."""
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
+        with suppress(OSError):  # what could not be written has been told
+            self.file.close()
+            if self.board is not None:
+                self.board.close()

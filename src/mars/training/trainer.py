@@ -278,8 +278,8 @@ class Trainer:
         if self.average is not None:
             self.process.load(model, into=self.average.values, where=str(folder))
         restore_optimizers(self.optimizers, state, self.weights)
-        self.meter.load(progress["means"])
-        self.step, self.skipped = step, progress["skipped"]
+        self.meter.load(progress.get("means", {}))
+        self.step, self.skipped = step, progress.get("skipped", 0)
 
     def _peak(self) -> float:
         """FLOP/s to which MFU is relative."""

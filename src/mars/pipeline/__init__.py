@@ -1,15 +1,13 @@
 """MarsPipeline: prompts in, pictures out.
 
-Six steps: check the request; prompt to ids; ids to codes; (codes to more codes: super-resolution, not in this model);
-codes to pixels; pixels to PIL with what is needed to draw them again.
+Six steps: check the request; prompt to ids; ids to codes; codes to more codes (`upscale`, if asked); codes to pixels;
+pixels to PIL with what is needed to draw them again.
 """
 
 import json
-import secrets
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,27 +18,22 @@ from PIL import Image
 from torch import Tensor
 
 import mars
-from mars.checkpoint import (
-    MarsModel,
-    atomic_folder,
-    is_whole_model,
-    language_source,
-    load_model,
-    read_json,
-    save_model,
-    stored_digest,
-)
-from mars.errors import CheckpointError, ModelError, PromptError, RequestError
-from mars.files import place_for
+from mars.adapter import adapt, load_adapted
+from mars.checkpoint import MarsModel, is_whole_model, load_model
+from mars.errors import ModelError, PromptError, RequestError
 from mars.generation.engine import DrawRequest, Progress, continue_text, draw
 from mars.generation.sampling import Sampling
+from mars.generation.super_resolution import UpscaleRequest, upscale
 from mars.hub import hub_folder, is_hub_id, upload
-from mars.model.language_tensors import tensors_digest
-from mars.model.precision import Precision, check_precision, weights_held
+from mars.model.precision import Precision, check_precision
 from mars.picture import GeneratedImage, on_white_page, open_picture
+from mars.pipeline.checks import all_seeds, find_grid
+from mars.pipeline.description import describe_model
+from mars.pipeline.saving import save_with_card
+from mars.pipeline.upscaling import UPSCALE_SAMPLING, check_low_codes, find_upscaling
 from mars.sequence.text import CAPTION_HINTS
 
-SHIPPED = Path(__file__).parent / "assets" / "mars-mini"
+SHIPPED = Path(__file__).parents[1] / "assets" / "mars-mini"
 """The model that comes with the package."""
 MAX_IMAGES = 64
 """Pictures in one call; more rows than this only wait for each other."""
@@ -88,6 +81,8 @@ class MarsPipeline:
         *,
         revision: str | None = None,
         precision: Precision = "fp32",
+        lora: str | Path | None = None,
+        lora_scale: float = 1.0,
         notify: Callable[[str], None] | None = None,
     ) -> "MarsPipeline":
         """Opens a model's folder or hub id; without one, the model that comes with the package.
@@ -97,13 +92,15 @@ class MarsPipeline:
             revision: branch, tag or commit on the hub.
             precision: of linear layers in memory. `int8` and `int4` take a quarter and a seventh of the room of fp32,
                 and round: pictures are no longer those of fp32.
+            lora: folder of an adapter, in the layout of `peft`; it is merged into the weights, so drawing costs no more.
+            lora_scale: how strongly the adapter counts; 1 as it was trained.
             notify: called with one line before anything that takes long.
 
         Raises:
             ModelError: if there is no such model, or its LLM cannot be found.
-            CheckpointError: if a file is damaged or does not fit.
+            CheckpointError: if a file is damaged or does not fit, or the adapter is of another model.
             ConfigError: for an unknown precision.
-            RequestError: for a revision of a folder.
+            RequestError: for a revision of a folder, or a scale that is not finite.
         """
         check_precision(precision)
         if source is None and not (SHIPPED / "visual.safetensors").is_file():
@@ -111,7 +108,18 @@ class MarsPipeline:
                 "no model comes with this version; train one with `mars train configs/mini-pretrain.toml` and name it"
             )
         folder = _find(SHIPPED if source is None else source, revision=revision)
-        return cls(load_model(folder, precision=precision, notify=notify))
+        if lora is None:
+            return cls(load_model(folder, precision=precision, notify=notify))
+        return cls(load_adapted(folder, Path(lora), scale=lora_scale, precision=precision, notify=notify))
+
+    def load_lora(self, folder: str | Path, *, scale: float = 1.0) -> None:
+        """Merges an adapter into the weights in memory; `from_pretrained` explains it.
+
+        Raises:
+            CheckpointError: if the adapter is damaged or of another model; nothing has changed then.
+            RequestError: if the weights are rounded or have an adapter already, or the scale is not finite.
+        """
+        self.model = adapt(self.model, Path(folder), scale=scale)
 
     def save_pretrained(self, folder: str | Path, *, report: Path | None = None) -> None:
         """Writes the visual side in fp16, and a model card, into a folder that appears whole or not at all.
@@ -126,37 +134,7 @@ class MarsPipeline:
             DataError: if the report is none.
             ModelError: if the report is of other weights.
         """
-        self._save(Path(folder), report=report, hub_id=None)
-
-    def _save(self, folder: Path, *, report: Path | None, hub_id: str | None) -> None:
-        model, info = self.model, self.model.info
-        if model.precision != "fp32":
-            raise CheckpointError(f"weights rounded to {model.precision} cannot be saved; open the model in fp32")
-        found = None if report is None else read_json(report)
-        with atomic_folder(place_for(folder, error=CheckpointError, may_replace=is_whole_model)) as partial:
-            save_model(partial, info=info, transformer=model.transformer, image_tokenizer=model.image_tokenizer)
-            card = self._card(visual_digest=stored_digest(partial), report=found, hub_id=hub_id)
-            (partial / "README.md").write_text(card, encoding="utf-8")
-            if info.language.startswith("./"):
-                source = language_source(info, folder=model.folder or Path())
-                shutil.copytree(source, partial / info.language)
-
-    def _card(self, *, visual_digest: str, report: Mapping[str, Any] | None, hub_id: str | None) -> str:
-        from mars.model.card import CardFacts, base_model_of, model_card  # counting takes a moment
-
-        info = self.model.info
-        facts = CardFacts(
-            name=info.name,
-            language=info.language,
-            language_digest=info.language_digest,
-            visual_digest=visual_digest,
-            grids=info.grids,
-            base_model=base_model_of(info.language),
-            hub_id=hub_id,
-            includes_language=info.language.startswith("./"),
-        )
-        config, pixels = self.model.transformer.config, self.model.image_tokenizer.config
-        return model_card(config, facts, image_tokenizer=pixels, report=report)
+        save_with_card(self.model, Path(folder), report=report)
 
     def push_to_hub(
         self, name: str, *, private: bool = False, revision: str | None = None, report: Path | None = None
@@ -169,7 +147,7 @@ class MarsPipeline:
         """
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "model")
-            self._save(folder, report=report, hub_id=name)
+            save_with_card(self.model, folder, report=report, hub_id=name)
             return upload(folder, name, private=private, revision=revision, message=f"mars-t2i {mars.__version__}")
 
     @property
@@ -212,8 +190,8 @@ class MarsPipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         self._check_count(prompts, n=n)
         self.check_prompts(prompts)
-        grid = self._grid(width, height)
-        seeds = self._seeds(seed, prompts=len(prompts), n=n)
+        grid = find_grid(width, height, sizes=self.sizes, factor=self.model.image_tokenizer.config.factor)
+        seeds = all_seeds(seed, prompts=len(prompts), n=n)
         repeated = [text for text in prompts for _ in range(n)]
         ids = {text: self._prompt_ids(text) for text in {*prompts, negative_prompt}}
         requests = [
@@ -221,16 +199,75 @@ class MarsPipeline:
             for text, number in zip(repeated, seeds, strict=True)
         ]
         codes = draw(self.model.transformer, requests, grid=grid, release_language=release_language, progress=progress)
-        drawn = time.perf_counter()
-        pixels = self.decode(codes)
         settings = {"negative_prompt": negative_prompt, **asdict(sampling)}
+        return self._generated(codes, repeated, seeds, settings=[settings] * len(seeds), started=started)
+
+    def upscale(
+        self,
+        picture: str | Path | Image.Image | Tensor | Generated,
+        *,
+        prompt: str | Sequence[str] | None = None,
+        seed: int | Sequence[int] | None = None,
+        negative_prompt: str = "",
+        sampling: Sampling = UPSCALE_SAMPLING,
+        progress: Progress | None = None,
+    ) -> Generated:
+        """Draws pictures again, as many times larger as the model was trained to.
+
+        Args:
+            picture: a file, a picture (fitted onto a white page of the model's size), codes (B, R, C), or what a call
+                drew.
+            prompt: what the picture shows, for all or one for each; default: what it was drawn for, or nothing.
+            seed: as for a call; default: those that it was drawn with.
+            negative_prompt, sampling, progress: as for a call.
+
+        Raises:
+            RequestError: if the model cannot upscale, or not from this grid, or a number of prompts or seeds is wrong.
+            PromptError: if a prompt is too long.
+            ImageError: if a file is no picture.
+        """
+        started = time.perf_counter()
+        how = find_upscaling(self.model.info)
+        drawn: list[dict[str, Any]] = []
+        if isinstance(picture, Generated):
+            codes, prompt, seed = (
+                picture.codes,
+                picture.prompts if prompt is None else prompt,
+                picture.seeds if seed is None else seed,
+            )
+            drawn = [json.loads(image.info["settings"]) for image in picture.images]
+        elif isinstance(picture, Tensor):
+            codes = picture
+        else:
+            image = open_picture(Path(picture)) if isinstance(picture, str | Path) else picture
+            codes = self.encode(image)[None]
+        check_low_codes(codes, grids=self.model.info.grids)
+        prompts = [prompt or ""] * len(codes) if prompt is None or isinstance(prompt, str) else list(prompt)
+        if len(prompts) != len(codes):
+            raise RequestError(f"there must be one prompt, or one per picture ({len(codes)}), got {len(prompts)}")
+        seeds = all_seeds(seed, prompts=len(codes), n=1)
+        ids = {text: self._prompt_ids(text) for text in {*prompts, negative_prompt}}
+        requests = [
+            UpscaleRequest(prompt=ids[text], free=ids[negative_prompt], seed=number, sampling=sampling, low=low)
+            for text, number, low in zip(prompts, seeds, codes, strict=True)
+        ]
+        high = upscale(self.model.transformer, requests, scale=how.scale, side=how.side, progress=progress)
+        asked = {"codes_per_step": how.codes_per_step, "negative_prompt": negative_prompt, **asdict(sampling)}
+        settings = [{**before, "upscale": asked} for before in drawn or [{}] * len(codes)]
+        return self._generated(high, prompts, seeds, settings=settings, started=started)
+
+    def _generated(
+        self, codes: Tensor, prompts: list[str], seeds: list[int], *, settings: list[dict[str, Any]], started: float
+    ) -> Generated:
+        """Codes that have just been drawn, as pictures."""
+        drawn = time.perf_counter()
         images = [
-            GeneratedImage(picture, self._text(text, number, settings))
-            for picture, text, number in zip(pixels, repeated, seeds, strict=True)
+            GeneratedImage(one, self._text(prompt, seed, how))
+            for one, prompt, seed, how in zip(self.decode(codes), prompts, seeds, settings, strict=True)
         ]
         ended = time.perf_counter()
         seconds = {"prompt_and_codes": drawn - started, "pixels": ended - drawn, "total": ended - started}
-        return Generated(images=images, prompts=repeated, seeds=seeds, codes=codes, seconds=seconds)
+        return Generated(images=images, prompts=prompts, seeds=seeds, codes=codes, seconds=seconds)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raises PromptError for a prompt that is empty or too long; a call does so too."""
@@ -248,35 +285,6 @@ class MarsPipeline:
                 f"a call draws 1 to {MAX_IMAGES} pictures, got n = {n} for {len(prompts)} prompts; make several calls"
             )
 
-    @staticmethod
-    def _seeds(seed: int | Sequence[int] | None, *, prompts: int, n: int) -> list[int]:
-        if seed is None or isinstance(seed, int):
-            first = secrets.randbelow(2**32) if seed is None else seed
-            seeds = [first + index for _ in range(prompts) for index in range(n)]
-        else:
-            seeds = list(seed)
-        if len(seeds) != prompts * n:
-            raise RequestError(f"there must be one seed, or one per picture ({prompts * n}), got {len(seeds)}")
-        for number in seeds:
-            if not 0 <= number < 2**63:
-                raise RequestError(f"seed must lie in 0..2**63 - 1, got {number}")
-        return seeds
-
-    def _grid(self, width: int | None, height: int | None) -> tuple[int, int]:
-        """Rows and columns of the code grid for a size in pixels."""
-        default = self.sizes[0]
-        wanted = (default[0] if width is None else width, default[1] if height is None else height)
-        factor = self.model.image_tokenizer.config.factor
-        trained = ", ".join(f"{one}x{other}" for one, other in self.sizes)
-        for name, side in zip(("width", "height"), wanted, strict=True):
-            if side % factor or side < factor:
-                raise RequestError(f"{name} must be a multiple of {factor}, got {side}; trained sizes are {trained}")
-        if wanted not in self.sizes:
-            raise RequestError(
-                f"size must be one that the model was trained on ({trained}), got {wanted[0]}x{wanted[1]}"
-            )
-        return wanted[1] // factor, wanted[0] // factor
-
     def _prompt_ids(self, text: str) -> tuple[int, ...]:
         tokenizer = self.model.text_tokenizer
         ids = (tokenizer.bos_id, *tokenizer.encode(text.strip()))
@@ -290,6 +298,7 @@ class MarsPipeline:
             "seed": str(seed),
             "settings": json.dumps(settings, ensure_ascii=False),
             "model": self.model.info.name,
+            **({} if self.model.lora is None else {"lora": self.model.lora}),
             "model_digest": self.model.visual_digest,
             "language_digest": self.model.info.language_digest,
             "software": f"mars-t2i {mars.__version__}",
@@ -297,29 +306,7 @@ class MarsPipeline:
 
     def describe(self) -> dict[str, int | str]:
         """Parameters per part, vocabulary, digests (the LLM's computed anew from memory) and bytes held."""
-        transformer, codec = self.model.transformer, self.model.image_tokenizer
-        vocabulary, info = transformer.vocabulary, self.model.info
-        held = weights_held(transformer)
-        whole = self.model.precision == "fp32" and not transformer.released
-        return {
-            "name": info.name,
-            "language model": info.language,
-            "precision": self.model.precision,
-            "language expert parameters": held["language"][0],
-            "visual expert parameters": held["visual"][0],
-            "image tokenizer parameters": sum(weight.numel() for weight in codec.parameters()),
-            "layers with a visual expert": ", ".join(map(str, transformer.config.visual_layers)),
-            "text ids": vocabulary.text_size,
-            "codes": vocabulary.num_codes,
-            "vocabulary": vocabulary.size,
-            "picture sizes": ", ".join(f"{width}x{height}" for width, height in self.sizes),
-            "language digest": tensors_digest(transformer.language_tensors()) if whole else "none: rounded or released",
-            "language digest of the LLM": info.language_digest,
-            "visual digest": self.model.visual_digest,
-            "bytes in memory": held["language"][1]
-            + held["visual"][1]
-            + sum(weight.numel() * weight.element_size() for weight in codec.parameters()),
-        }
+        return describe_model(self.model)
 
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> list[Image.Image]:
@@ -330,7 +317,7 @@ class MarsPipeline:
 
     @torch.inference_mode()
     def encode(self, image: Image.Image) -> Tensor:
-        """A picture to codes (R, C); it is fitted onto a white square of the model's size."""
+        """A picture to codes (R, C); it is fitted onto a white page of the model's size."""
         page = on_white_page(image, size=self.sizes[0])
         pixels = torch.from_numpy(np.asarray(page).copy()).permute(2, 0, 1)[None].float() / 255
         return self.model.image_tokenizer.encode(pixels)[0]

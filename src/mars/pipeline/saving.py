@@ -1,0 +1,56 @@
+"""A pipeline's model on disk, with its card."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mars.checkpoint import (
+    MarsModel,
+    atomic_folder,
+    is_whole_model,
+    language_source,
+    read_json,
+    save_model,
+    stored_digest,
+)
+from mars.errors import CheckpointError
+from mars.files import place_for
+
+
+def save_with_card(model: MarsModel, folder: Path, *, report: Path | None, hub_id: str | None = None) -> None:
+    """Writes the visual side in fp16 and a model card, and the LLM if it lies in the folder that the model came from.
+
+    Raises:
+        CheckpointError: if it cannot be written, something else is there, or the weights in memory are rounded.
+        DataError: if the report is none.
+        ModelError: if the report is of other weights.
+    """
+    if model.precision != "fp32":
+        raise CheckpointError(f"weights rounded to {model.precision} cannot be saved; open the model in fp32")
+    found = None if report is None else read_json(report)
+    with atomic_folder(place_for(folder, error=CheckpointError, may_replace=is_whole_model)) as partial:
+        save_model(partial, info=model.info, transformer=model.transformer, image_tokenizer=model.image_tokenizer)
+        card = _card(model, visual_digest=stored_digest(partial), report=found, hub_id=hub_id)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        if model.info.language.startswith("./"):
+            source = language_source(model.info, folder=model.folder or Path())
+            shutil.copytree(source, partial / model.info.language)
+
+
+def _card(model: MarsModel, *, visual_digest: str, report: Mapping[str, Any] | None, hub_id: str | None) -> str:
+    from mars.model.card import CardFacts, base_model_of, model_card  # counting takes a moment
+
+    info = model.info
+    facts = CardFacts(
+        name=info.name,
+        language=info.language,
+        language_digest=info.language_digest,
+        visual_digest=visual_digest,
+        grids=info.grids,
+        upscale=info.upscale,
+        base_model=base_model_of(info.language),
+        hub_id=hub_id,
+        includes_language=info.language.startswith("./"),
+    )
+    return model_card(model.transformer.config, facts, image_tokenizer=model.image_tokenizer.config, report=report)

@@ -1,0 +1,212 @@
+import errno
+import fcntl
+import json
+import os
+import resource
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mars.data.shard_folder import ShardFolder
+from mars.data.shards import Caption, Picture, Record, read_pictures, shard_paths
+from mars.errors import DataError
+
+COUNT = 23
+SETTINGS = {"source": "somewhere", "colours": [1, 2]}
+
+
+def picture(index: int) -> Picture:
+    record = Record(
+        key=f"k{index}", concept="c", style="s", split="train", source="t", licence="CC0-1.0", width=32, height=16,
+        captions=(Caption(text=f"第 {index} 幅", language="zh", kind="original"),), scores={"beauty": index / 7},
+        url=f"https://pictures.example/{index}",
+    )  # fmt: skip
+    content = np.random.default_rng(index).bytes(200 + 37 * index)
+    return Picture(record=record, content=content, suffix=("png", "jpg", "webp")[index % 3])
+
+
+def open_folder(path: Path, **changes: Any) -> ShardFolder:
+    options: dict[str, Any] = {"settings": SETTINGS, "max_pictures": 5, "max_bytes": 2500} | changes
+    return ShardFolder(path, **options)
+
+
+def write(path: Path, *, stop_at: int | None = None) -> None:
+    """Pictures with every fourth item refused; stops without a word before item `stop_at`."""
+    with open_folder(path) as folder:
+        if folder.finished:
+            return
+        for index in range(folder.consumed or 0, COUNT):
+            if index == stop_at:
+                return
+            if index % 4 == 3:
+                folder.note("quarantine", {"source": f"ümlaut {index}", "reason": "bad"})
+            else:
+                folder.add(picture(index), consumed=index + 1)
+        folder.finish()
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {one.name: one.read_bytes() for one in path.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shards") / "whole"
+    write(path)
+    return path
+
+
+def test_pictures_come_back_as_they_were_added(whole: Path) -> None:
+    assert list(read_pictures(whole)) == [picture(index) for index in range(COUNT) if index % 4 != 3]
+    shards = shard_paths(whole)
+    assert [one.name for one in shards] == [f"shard-{index:06d}.tar" for index in range(len(shards))]
+    assert len(shards) > 3
+    counts = [json.loads(one.with_suffix(".json").read_text())["pictures"] for one in shards]
+    assert max(counts) == 5, "the limit of pictures was never reached"
+    assert min(counts[:-1]) < 5, "the limit of bytes was never reached"
+    refused = [json.loads(line)["source"] for line in (whole / "quarantine.jsonl").read_text("utf-8").splitlines()]
+    assert refused == [f"ümlaut {index}" for index in range(3, COUNT, 4)]
+
+
+def test_a_run_that_is_stopped_anywhere_makes_the_same_bytes(whole: Path, tmp_path: Path) -> None:
+    wanted = contents(whole)
+    for stop in range(COUNT):
+        out = tmp_path / f"stopped-{stop}"
+        write(out, stop_at=stop)
+        with pytest.raises(DataError, match="is not finished; run the command"):
+            shard_paths(out)
+        write(out, stop_at=(stop + COUNT) // 2)
+        write(out)
+        assert contents(out) == wanted, stop
+
+
+def write_and_die(path: Path, *, calls: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Writes in a process of its own that dies, cleaning nothing up, at a call that makes something last."""
+    child = os.fork()
+    if child == 0:
+        left = calls
+
+        def dying(function: Any) -> Any:
+            def called(*arguments: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    os._exit(9)
+                return function(*arguments)
+
+            return called
+
+        monkeypatch.setattr(os, "replace", dying(os.replace))
+        monkeypatch.setattr(os, "fsync", dying(os.fsync))
+        try:
+            write(path)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def test_a_run_that_dies_at_any_moment_makes_the_same_bytes(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+    while write_and_die(tmp_path / f"{calls}", calls=calls, monkeypatch=monkeypatch):
+        write(tmp_path / f"{calls}")
+        assert contents(tmp_path / f"{calls}") == contents(whole), calls
+        calls += 3  # of five in a shard, so that every one of them is tried
+    assert calls > 5 * len(list(whole.glob("*.tar")))
+
+
+def test_a_finished_folder_is_left_as_it_is(whole: Path) -> None:
+    before = {one: one.stat().st_mtime_ns for one in whole.iterdir()}
+    with open_folder(whole) as folder:
+        assert folder.finished
+        assert folder.pictures == 18
+        assert folder.lines == {"quarantine": 5}
+    assert {one: one.stat().st_mtime_ns for one in whole.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"settings": SETTINGS | {"source": "elsewhere"}}, 'made with source "somewhere", got "elsewhere"'),
+        ({"settings": SETTINGS | {"more": 1}}, "made with more null, got 1"),
+        ({"max_pictures": 6}, "made with shard_pictures 5, got 6"),
+    ],
+)
+@pytest.mark.parametrize("stop", [None, 8])
+def test_another_configuration_is_refused(tmp_path: Path, changes: Any, told: str, stop: int | None) -> None:
+    write(tmp_path / "out", stop_at=stop)
+    before = contents(tmp_path / "out")
+    with pytest.raises(DataError, match=told), open_folder(tmp_path / "out", **changes):
+        pass
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(DataError, match="must be new or empty"):
+        open_folder(tmp_path)
+    with pytest.raises(DataError, match="not a folder of shards"):
+        shard_paths(tmp_path)
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: os.truncate(path, 512)])
+def test_a_shard_that_was_changed_is_told(tmp_path: Path, change: Any) -> None:
+    write(tmp_path / "out", stop_at=18)
+    change(tmp_path / "out" / "shard-000001.tar")
+    with pytest.raises(DataError, match=r"shard-000001.tar is missing or was changed; remove .*out and make it again"):
+        write(tmp_path / "out")
+
+
+def test_two_processes_never_write_the_same_folder(tmp_path: Path) -> None:
+    with open_folder(tmp_path / "out") as folder:
+        folder.add(picture(0), consumed=1)
+        with pytest.raises(DataError, match="is being written by another process"):
+            write(tmp_path / "out")
+        folder.finish()
+    assert len(list(read_pictures(tmp_path / "out"))) == 1
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_line_and_the_run_continues_later(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(out, stop_at=12)
+    with files_of_at_most(3000), pytest.raises(DataError) as caught:
+        write(out)
+    assert "; 5 pictures lie in whole shards, and the same command continues" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    write(out)
+    assert contents(out) == contents(whole)
+
+
+def test_a_full_disk_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with open_folder(tmp_path / "out") as folder:
+        folder.add(picture(0), consumed=1)
+        monkeypatch.setattr(tarfile.TarFile, "addfile", full)
+        with pytest.raises(DataError, match=r"cannot write .*: the disk is full; 0 pictures lie in whole shards"):
+            folder.add(picture(1), consumed=2)
+
+
+def test_the_lock_ends_with_the_block(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), open_folder(tmp_path / "out"):
+        raise KeyError
+    handle = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(handle)
