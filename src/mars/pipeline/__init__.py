@@ -92,7 +92,7 @@ class MarsPipeline:
             revision: branch, tag or commit on the hub.
             precision: of linear layers in memory. `int8` and `int4` take a quarter and a seventh of the room of fp32,
                 and round: pictures are no longer those of fp32.
-            lora: folder of an adapter, in the layout of `peft`; it is merged into the weights, so drawing costs no more.
+            lora: folder of an adapter, as `peft` lays it out; merged into the weights, so that drawing costs no more.
             lora_scale: how strongly the adapter counts; 1 as it was trained.
             notify: called with one line before anything that takes long.
 

@@ -62,7 +62,7 @@ class Trainer:
         bf16 = config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16(device))
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         opened = open_stage(config, notify=notify)
-        self.transformer = opened.transformer
+        self.info, self.transformer = opened.info, opened.transformer
         self.product = product_of(config, opened)
         self.process.place(self.transformer)
         self.transformer.recompute = config.recompute
