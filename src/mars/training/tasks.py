@@ -6,18 +6,18 @@ Letters: R rows, C columns, B batch.
 """
 
 from abc import ABC, abstractmethod
-from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import accumulate
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from mars.data.loader import Loader, Sample
+from mars.data.loader import Loader, Sample, padding
+from mars.data.shards import Caption
 from mars.errors import ConfigError
+from mars.model.cache import Prefix
 from mars.model.costs import FlopCount
 from mars.model.transformer import MarsTransformer
 from mars.sequence.text import CAPTION_HINTS, TextTokenizer
@@ -26,9 +26,14 @@ from mars.training.losses import begin_image_loss, captioning_states, text_to_im
 from mars.training.prefixes import PrefixStore
 from mars.training.process import Process
 from mars.training.stages import StageConfig
+from mars.training.upscale import upscale_states
 
+CYCLE = 1000
+"""Steps in which each task has exactly its share."""
 LOOKAHEAD = 24
 """Steps whose captions are read at once."""
+REMEMBERED = 2**17
+"""Texts whose ids are kept."""
 HELD_OUT = 64
 """Held-out pictures whose loss says which checkpoint is best."""
 
@@ -45,8 +50,6 @@ class TaskContext:
     text_tokenizer: TextTokenizer
     loader: Loader
     held_out: Loader | None
-    ids: dict[str, list[int]] = field(default_factory=dict)
-    """Of every text seen so far."""
 
     @cached_property
     def prefixes(self) -> PrefixStore:
@@ -58,19 +61,20 @@ class TaskContext:
         """What positions cost."""
         return FlopCount(self.transformer)
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text."""
-        if text not in self.ids:
-            self.ids[text] = self.text_tokenizer.encode(text)
-        return self.ids[text]
+    @property
+    def height(self) -> int:
+        """Rows of the codes that text to image draws."""
+        rows = self.loader.grids[0][0]
+        return rows // self.config.upscale.scale if "upscale" in self.config.mix else rows
+
+    @cached_property
+    def encode(self) -> Callable[[str], list[int]]:
+        """The ids of a text; those of the last texts are remembered."""
+        return lru_cache(REMEMBERED)(self.text_tokenizer.encode)
 
     def mine(self, everything: Sequence[E]) -> list[E]:
         """What this process has of a batch that all share."""
         return list(everything[self.process.rank :: self.process.world])
-
-    def samples(self, step: int, count: int) -> list[Sample]:
-        """What this process has of the `count` samples of a step."""
-        return self.mine(self.loader.batch(step * count, count))
 
     def stack(self, codes: Sequence[Tensor]) -> Tensor:
         """(B, R, C) codes of one grid, where they are computed with."""
@@ -84,8 +88,9 @@ class Task(ABC, Generic[E]):
     name: str
 
     @abstractmethod
-    def draw(self, step: int, generator: torch.Generator) -> list[E]:
-        """The examples that this process has of a step; the same for the same step, whatever ran before."""
+    def draw(self, number: int, generator: torch.Generator) -> list[E]:
+        """The examples that this process has of the task's batch of that number, the first being 0; the same for the
+        same number and state of the generator, whatever ran before."""
 
     @abstractmethod
     def losses(self, batch: Sequence[E]) -> dict[str, Tensor]:
@@ -104,6 +109,11 @@ class Task(ABC, Generic[E]):
         return []
 
 
+def _small(sample: Sample) -> Tensor:
+    """The codes (R, C) of every task but `upscale`: of a pair of grids, the smaller."""
+    return sample.codes if sample.low is None else sample.low
+
+
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
     """A picture to be drawn after a prompt."""
@@ -111,6 +121,24 @@ class Drawing:
     codes: Tensor
     """(R, C)."""
     prompt: list[int]
+
+    @property
+    def read(self) -> int:
+        """Image positions that are read between prompt and picture."""
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refining(Drawing):
+    """A picture to be drawn again, larger."""
+
+    low: Tensor
+    """(R / scale, C / scale)."""
+
+    @property
+    def read(self) -> int:
+        """`<low>` and the smaller picture."""
+        return self.low.numel() + 1
 
 
 class TextToImage(Task[Drawing]):
@@ -128,23 +156,26 @@ class TextToImage(Task[Drawing]):
         self.read = 0
         """FLOPs of the captions that the last batch had read."""
 
-    def rows_of(self, height: int) -> int:
-        """How many rows of a picture are drawn."""
-        return height
+    def size(self) -> tuple[int, int | None]:
+        """Pictures of a step, and how many rows of each are drawn; null is all."""
+        return self.context.config.batch_size, None
 
-    def draw(self, step: int, generator: torch.Generator) -> list[Drawing]:
+    def draw(self, number: int, generator: torch.Generator) -> list[Drawing]:
         """Captions are emptied as often as the configuration says."""
-        config, height = self.context.config, self.context.loader.grids[0][0]
-        rows = self.rows_of(height)
-        count = config.batch_size * height // rows
-        dropped = self.context.mine((torch.rand(count, generator=generator) < config.guidance_dropout).tolist())
+        context, (count, rows) = self.context, self.size()
+        share = context.config.guidance_dropout
+        dropped = context.mine((torch.rand(count, generator=generator) < share).tolist())
+        samples = context.loader.batch(number * count, count, rank=context.process.rank, ranks=context.process.world)
         return [
-            self._drawing(sample.codes[:rows], "" if drop else sample.caption.text)
-            for sample, drop in zip(self.context.samples(step, count), dropped, strict=True)
+            self._example(sample, "" if drop else sample.caption.text, rows=rows)
+            for sample, drop in zip(samples, dropped, strict=True)
         ]
 
-    def _drawing(self, codes_RC: Tensor, text: str) -> Drawing:
-        return Drawing(codes=codes_RC, prompt=[self.context.text_tokenizer.bos_id, *self.context.encode(text)])
+    def _example(self, sample: Sample, text: str, *, rows: int | None = None) -> Drawing:
+        return Drawing(codes=_small(sample)[:rows], prompt=self._prompt(text))
+
+    def _prompt(self, text: str) -> list[int]:
+        return [self.context.text_tokenizer.bos_id, *self.context.encode(text)]
 
     def held_out(self) -> list[Drawing]:
         """The first held-out pictures, each with one of its captions."""
@@ -153,8 +184,8 @@ class TextToImage(Task[Drawing]):
             return []
         count = min(HELD_OUT, len(loader))
         count -= count % self.context.process.world  # all processes have as many
-        samples = self.context.mine(loader.batch(0, count)) if count else []
-        return [self._drawing(sample.codes, sample.caption.text) for sample in samples]
+        samples = loader.batch(0, count, rank=self.context.process.rank, ranks=self.context.process.world)
+        return [self._example(sample, sample.caption.text) for sample in samples]
 
     def losses(self, batch: Sequence[Drawing]) -> dict[str, Tensor]:
         """Of the codes, and of `<img>` after the caption."""
@@ -162,9 +193,7 @@ class TextToImage(Task[Drawing]):
         before = len(context.prefixes.lengths)
         prefixes = context.prefixes.get([one.prompt for one in batch], ahead=self.ahead())
         self.read = sum(context.flops.read_text(length) for length in context.prefixes.lengths[before:])
-        states_ND, targets_N = text_to_image_states(
-            context.transformer, context.stack([one.codes for one in batch]), prefixes
-        )
+        states_ND, targets_N = self._states(batch, prefixes)
         found = token_loss(states_ND, context.transformer.visual_table, targets_N, z_loss=config.z_loss)
         begin = begin_image_loss(context.transformer, prefixes)
         return {
@@ -174,6 +203,10 @@ class TextToImage(Task[Drawing]):
             "logit_norm": found.logit_norm,
         }
 
+    def _states(self, batch: Sequence[Drawing], prefixes: Sequence[Prefix]) -> tuple[Tensor, Tensor]:
+        codes_BRC = self.context.stack([one.codes for one in batch])
+        return text_to_image_states(self.context.transformer, codes_BRC, prefixes)
+
     def targets(self, batch: Sequence[Drawing]) -> int:
         """Codes."""
         return sum(one.codes.numel() for one in batch)
@@ -182,7 +215,7 @@ class TextToImage(Task[Drawing]):
         """Captions count where they were read."""
         count = self.context.flops
         drawn = sum(
-            count.train_text_to_image(caption=len(one.prompt), codes=one.codes.numel())
+            count.train_text_to_image(caption=len(one.prompt), codes=one.codes.numel(), low=one.read)
             - count.read_text(len(one.prompt))
             for one in batch
         )
@@ -194,9 +227,28 @@ class TopRows(TextToImage):
 
     name = "top_rows"
 
-    def rows_of(self, height: int) -> int:
-        """As the configuration says."""
-        return min(self.context.config.top_rows, height)
+    def size(self) -> tuple[int, int | None]:
+        """As many codes as a step of whole pictures has, where these have the first grid."""
+        config, height = self.context.config, self.context.height
+        rows = min(config.top_rows, height)
+        return config.batch_size * height // rows, rows
+
+
+class Upscale(TextToImage):
+    """Draws a picture again, larger, after its caption and its smaller codes: the next K codes at once (ours)."""
+
+    name = "upscale"
+
+    def _example(self, sample: Sample, text: str, *, rows: int | None = None) -> Refining:
+        assert sample.low is not None
+        assert rows is None
+        return Refining(codes=sample.codes, low=sample.low, prompt=self._prompt(text))
+
+    def _states(self, batch: Sequence[Drawing], prefixes: Sequence[Prefix]) -> tuple[Tensor, Tensor]:
+        context = self.context
+        low_BRC = context.stack([one.low for one in batch if isinstance(one, Refining)])
+        high_BRC = context.stack([one.codes for one in batch])
+        return upscale_states(context.transformer, low_BRC, high_BRC, prefixes, side=context.config.upscale.side)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,13 +269,23 @@ class Captioning(Task[Reading]):
     def __init__(self, context: TaskContext) -> None:
         self.context = context
 
-    def draw(self, step: int, generator: torch.Generator) -> list[Reading]:  # noqa: ARG002
-        """Whole pictures and their captions."""
-        encode = self.context.encode
+    def draw(self, number: int, generator: torch.Generator) -> list[Reading]:  # noqa: ARG002
+        """Whole pictures and their captions, of nearly equal length: the text is most of the work, and so padding."""
+        context, count = self.context, self.context.config.batch_size
+        samples = context.loader.batch_by_length(
+            number * count,
+            count,
+            length=lambda caption: len(self._hint(caption)) + len(context.encode(caption.text)),
+            rank=context.process.rank,
+            ranks=context.process.world,
+        )
         return [
-            Reading(codes=one.codes, hint=encode(CAPTION_HINTS[one.caption.language]), caption=encode(one.caption.text))
-            for one in self.context.samples(step, self.context.config.batch_size)
+            Reading(codes=_small(one), hint=self._hint(one.caption), caption=context.encode(one.caption.text))
+            for one in samples
         ]
+
+    def _hint(self, caption: Caption) -> list[int]:
+        return self.context.encode(CAPTION_HINTS[caption.language])
 
     def losses(self, batch: Sequence[Reading]) -> dict[str, Tensor]:
         """Of the caption's ids and of its end."""
@@ -236,7 +298,13 @@ class Captioning(Task[Reading]):
             end=self.context.text_tokenizer.eos_id,
         )
         found = token_loss(states_ND, transformer.text_table, targets_N, z_loss=self.context.config.z_loss)
-        return {"total": found.loss, "loss": found.nats, "logit_norm": found.logit_norm}
+        empty = padding([len(one.hint) + len(one.caption) for one in batch])
+        return {
+            "total": found.loss,
+            "loss": found.nats,
+            "logit_norm": found.logit_norm,
+            "padding": found.loss.new_tensor(empty),
+        }
 
     def targets(self, batch: Sequence[Reading]) -> int:
         """Text ids."""
@@ -251,22 +319,31 @@ class Captioning(Task[Reading]):
 
 
 class TaskMix:
-    """The tasks of a run, each as often as its share of the steps."""
+    """The tasks of a run, each as often as its share of the steps: exactly so in every `CYCLE` of them.
+
+    A task's batches are numbered, so that each task sees every picture once per epoch of its own.
+    """
 
     def __init__(self, context: TaskContext) -> None:
         self.context = context
-        self.shares = dict(sorted(context.config.mix.items()))
+        shares = dict(sorted(context.config.mix.items()))
+        most = max(shares, key=lambda name: shares[name])
+        self.counts = {name: max(1, round(share * CYCLE)) for name, share in shares.items()}
+        """Steps of each task in a cycle."""
+        self.counts[most] += CYCLE - sum(self.counts.values())
+        self.turns: dict[int, list[str]] = {}
         self.step = 0
         known: dict[str, Callable[[], Task[Any]]] = {
             "text_to_image": lambda: TextToImage(context, ahead=self.prompts_ahead),
             "top_rows": lambda: TopRows(context, ahead=self.prompts_ahead),
             "captioning": lambda: Captioning(context),
+            "upscale": lambda: Upscale(context, ahead=self.prompts_ahead),
         }
-        for name in self.shares:
+        for name in shares:
             if name not in known:
                 raise ConfigError(f"tasks.{name} cannot be trained yet; known tasks are {', '.join(known)}")
-        self.tasks = {name: known[name]() for name in self.shares}
-        self.main = self.tasks[max(self.shares, key=lambda name: self.shares[name])]
+        self.tasks = {name: known[name]() for name in shares}
+        self.main = self.tasks[most]
         """The task that most steps learn: its loss says which checkpoint is best."""
 
     def draw(self, step: int) -> tuple[Task[Any], list[Any]]:
@@ -275,10 +352,20 @@ class TaskMix:
         return self._draw(step)
 
     def _draw(self, step: int) -> tuple[Task[Any], list[Any]]:
-        generator = torch.Generator().manual_seed(self.context.config.seed * 1_000_003 + step)
-        edges = list(accumulate(self.shares.values()))[:-1]
-        task = list(self.tasks.values())[bisect(edges, float(torch.rand((), generator=generator)))]
-        return task, task.draw(step, generator)
+        cycle, place = divmod(step, CYCLE)
+        name = self._turns(cycle)[place]
+        number = cycle * self.counts[name] + self._turns(cycle)[:place].count(name)
+        task, seed = self.tasks[name], self.context.config.seed
+        return task, task.draw(number, torch.Generator().manual_seed(seed * 1_000_003 + step))
+
+    def _turns(self, cycle: int) -> list[str]:
+        """The names of the tasks of a cycle, in order."""
+        if cycle not in self.turns:
+            names = [name for name, count in self.counts.items() for _ in range(count)]
+            generator = torch.Generator().manual_seed(self.context.config.seed * 1_000_003 + cycle)
+            order = torch.randperm(CYCLE, generator=generator).tolist()
+            self.turns = {cycle: [names[index] for index in order]}
+        return self.turns[cycle]
 
     def prompts_ahead(self) -> Iterator[list[int]]:
         """Prompts of the steps after the one that was drawn last."""

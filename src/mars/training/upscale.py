@@ -1,22 +1,23 @@
 """Super-resolution with the next K tokens: our own design (`sequence/layout.py`), not the paper's.
 
-Letters: B batch, R rows, C columns, K codes of a step.
+Letters: B batch, R rows, C columns, N positions that predict, D width, K codes of a step.
 """
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from mars.model.cache import Cache, Prefix
 from mars.model.transformer import MarsTransformer
 from mars.sequence.layout import low_image, upscaled_image
+from mars.training.cross_entropy import token_loss
 
 
-def upscale_loss(
+def upscale_states(
     transformer: MarsTransformer, low_BRC: Tensor, high_BRC: Tensor, prefixes: Sequence[Prefix], *, side: int
-) -> Tensor:
-    """Mean cross-entropy of the high-resolution codes after their captions and low-resolution codes, in nats per code.
+) -> tuple[Tensor, Tensor]:
+    """States (N, D) at the positions that draw the high grid, after captions and low grids, and the codes (N,) that
+    each should predict.
 
     Args:
         side: codes on each side of a block; K = side * side codes are predicted together.
@@ -29,5 +30,13 @@ def upscale_loss(
     transformer(low_image(low_BRC, transformer.vocabulary), cache)
     segment = upscaled_image(low_BRC, high_BRC, transformer.vocabulary, side=side)
     assert segment.targets is not None
-    logits = transformer.visual_logits(transformer(segment, cache)).float()
-    return F.cross_entropy(logits.flatten(0, 1), (segment.targets - transformer.vocabulary.first_code).flatten())
+    targets_BT = segment.targets - transformer.vocabulary.first_code
+    return transformer(segment, cache).flatten(0, 1), targets_BT.flatten()
+
+
+def upscale_loss(
+    transformer: MarsTransformer, low_BRC: Tensor, high_BRC: Tensor, prefixes: Sequence[Prefix], *, side: int
+) -> Tensor:
+    """Mean cross-entropy of the codes of the high grid after captions and low grids, in nats per code."""
+    states_ND, targets_N = upscale_states(transformer, low_BRC, high_BRC, prefixes, side=side)
+    return token_loss(states_ND, transformer.visual_table, targets_N).loss
