@@ -6,7 +6,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mars.data.documents import CodedImage, Document, Text, read_documents, write_documents
+from mars.data.documents import (
+    CodedImage,
+    Document,
+    DocumentLoader,
+    Text,
+    read_all_documents,
+    read_documents,
+    write_documents,
+)
 from mars.errors import DataError
 
 CODES = np.arange(6, dtype=np.int32).reshape(2, 3)
@@ -86,3 +94,42 @@ def test_nothing_is_written_of_what_cannot_be_stored(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="codes must be below 32768 to be stored, got 40005"):
         write_documents(tmp_path / "d.parquet", [document(CodedImage(codes=CODES + 40000))], tokenizer="d")
     assert list(tmp_path.iterdir()) == []
+
+
+def many(count: int) -> list[Document]:
+    """Documents of three layouts."""
+    found = []
+    for index in range(count):
+        image = CodedImage(codes=np.zeros([(2, 3), (3, 2), (2, 3)][index % 3], np.int32))
+        parts = (Text(text="a"), image, Text(text="b"))[: 3 if index % 3 == 0 else 2]
+        found.append(Document(key=f"{index}", split="train", source="t", licence="CC0", parts=parts))
+    return found
+
+
+def test_every_document_comes_once_an_epoch_and_batches_have_one_layout() -> None:
+    loader = DocumentLoader(many(24), seed=1)
+    epochs = [[loader.batch(number, 4) for number in range(start, start + 6)] for start in (0, 6)]
+    for epoch in epochs:
+        assert sorted(int(one.key) for batch in epoch for one in batch) == list(range(24))
+        for batch in epoch:
+            assert len({(len(one.parts), one.parts[1].codes.shape) for one in batch}) == 1  # type: ignore[union-attr]
+    assert [[one.key for one in batch] for batch in epochs[0]] != [[one.key for one in batch] for batch in epochs[1]]
+
+
+def test_a_batch_is_the_same_whatever_was_drawn_before_and_processes_share_it() -> None:
+    one, other = (DocumentLoader(many(25), seed=1) for _ in range(2))
+    wanted = [[document.key for document in one.batch(number, 4)] for number in range(20)]
+    for number in (13, 2, 19):
+        assert [document.key for document in other.batch(number, 4)] == wanted[number]
+        parts = [[document.key for document in other.batch(number, 4, rank=rank, ranks=2)] for rank in range(2)]
+        assert parts == [wanted[number][::2], wanted[number][1::2]]
+    assert {key for batch in wanted for key in batch} == {f"{index}" for index in range(25)}
+    assert all(len(batch) == 4 for batch in wanted)
+
+
+def test_files_of_several_image_tokenizers_are_one_line(tmp_path: Path) -> None:
+    for name in "ab":
+        write_documents(tmp_path / name, [document(CodedImage(codes=CODES))], tokenizer=name)
+    assert len(read_all_documents([tmp_path / "a", tmp_path / "a"])[0]) == 2
+    with pytest.raises(DataError, match="must come from one image tokenizer, got 2"):
+        read_all_documents([tmp_path / "a", tmp_path / "b"])

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mars.sequence.interleaved import ImagePart, Part, TextPart, interleaved, shape_of
+from mars.sequence.interleaved import ImagePart, Part, TextPart, count_targets, interleaved, shape_of
 from mars.sequence.layout import IGNORE, Modality, Segment, drawn_image, read_image, text_segment, written_text
 from mars.sequence.vocabulary import IdRange, Vocabulary
 
@@ -98,6 +98,8 @@ def test_every_segment_holds_one_modality_and_modalities_take_turns(document: li
         if isinstance(document[place], TextPart) and isinstance(document[place - 1], TextPart):
             del document[place]
     segments = interleaved([document], VOCABULARY, end=2)
+    targets = [target for segment in segments if segment.targets is not None for target in segment.targets[0].tolist()]
+    assert count_targets(document) == sum(target not in (IGNORE, IMG) for target in targets)
     for place, segment in enumerate(segments):
         found = {VOCABULARY.range_of(index) for index in segment.ids.flatten().tolist()}
         assert (IdRange.CODE in found) == (segment.modality is Modality.IMAGE)

@@ -4,7 +4,7 @@ parts: list of { text, learned }                          or
                { role, rows, columns, codes }             role: drawn, read or source (sequence/interleaved.py)
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -125,3 +125,58 @@ def _part(fields: dict[str, Any]) -> Text | CodedImage:
         raise ValueError(f"an image's role is {fields['role']!r}")
     codes = np.asarray(fields["codes"], dtype=np.int32).reshape(fields["rows"], fields["columns"])
     return CodedImage(codes=codes, role=fields["role"])
+
+
+class DocumentLoader:
+    """Draws batches of documents, all of one layout: the same order of texts and images, of the same roles and grids.
+
+    What a batch holds is a function of the seed and the batch's number. An epoch has each document once, but for the
+    last batch of a layout, which is filled up.
+    """
+
+    def __init__(self, documents: Iterable[Document], *, seed: int) -> None:
+        layouts: dict[tuple[object, ...], list[Document]] = {}
+        for document in documents:
+            layouts.setdefault(_layout(document), []).append(document)
+        self._layouts = list(layouts.values())
+        self._seed = seed
+        self._epoch: tuple[tuple[int, int], list[list[Document]]] | None = None
+
+    def __len__(self) -> int:
+        """Documents in an epoch."""
+        return sum(map(len, self._layouts))
+
+    def batch(self, number: int, size: int, *, rank: int = 0, ranks: int = 1) -> list[Document]:
+        """The documents of a batch; of several processes, number `rank` takes every `ranks`-th."""
+        epoch, place = divmod(number, sum(-(-len(layout) // size) for layout in self._layouts))
+        if self._epoch is None or self._epoch[0] != (epoch, size):
+            self._epoch = (epoch, size), self._batches(epoch, size)
+        return self._epoch[1][place][rank::ranks]
+
+    def _batches(self, epoch: int, size: int) -> list[list[Document]]:
+        generator, batches = np.random.default_rng((self._seed, epoch)), list[list[Document]]()
+        for layout in self._layouts:
+            order = np.resize(generator.permutation(len(layout)), (-(-len(layout) // size), size))
+            batches += [[layout[index] for index in chosen] for chosen in order]
+        return [batches[index] for index in generator.permutation(len(batches))]
+
+
+def _layout(document: Document) -> tuple[object, ...]:
+    return tuple("text" if isinstance(part, Text) else (part.role, part.codes.shape) for part in document.parts)
+
+
+def read_all_documents(paths: Sequence[Path]) -> tuple[list[Document], str]:
+    """The documents of several files, and the digest of the image tokenizer that all of them share.
+
+    Raises:
+        DataError: if a file cannot be read, or their image tokenizers differ.
+    """
+    documents: list[Document] = []
+    digests = set()
+    for path in paths:
+        found, digest = read_documents(path)
+        documents += found
+        digests.add(digest)
+    if len(digests) != 1:
+        raise DataError(f"documents must come from one image tokenizer, got {len(digests)}: make them again")
+    return documents, digests.pop()

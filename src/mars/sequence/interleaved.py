@@ -76,6 +76,17 @@ def interleaved(documents: Sequence[Document], vocabulary: Vocabulary, *, end: i
     return segments
 
 
+def count_targets(document: Document) -> int:
+    """How many codes and text ids a document predicts; `<img>` is not counted."""
+    count = 0
+    for place, part in enumerate(document):
+        if isinstance(part, ImagePart):
+            count += part.codes_RC.numel() if part.role == "drawn" else 0
+        elif part.learned and place:
+            count += len(part.ids) + (place == len(document) - 1)
+    return count
+
+
 def _alternating(document: Document) -> list[Part]:
     """With a text between any two images."""
     parts = list(document[:1])

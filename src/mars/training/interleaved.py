@@ -4,26 +4,34 @@ Letters: B batch, T positions, N positions that predict, D the width of what pre
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mars.model.transformer import MarsTransformer
 from mars.sequence.layout import IGNORE, Modality, Segment
+from mars.training.cross_entropy import token_loss
+from mars.training.losses import begin_loss
 
-Predictions = dict[str, tuple[Tensor, Tensor]]
+
+class Predictions(NamedTuple):
+    """Positions that predict something."""
+
+    states_ND: Tensor
+    targets_N: Tensor
+    """Of image positions codes, of text positions ids."""
 
 
-def interleaved_states(transformer: MarsTransformer, segments: Sequence[Segment]) -> Predictions:
+def interleaved_states(transformer: MarsTransformer, segments: Sequence[Segment]) -> dict[str, Predictions]:
     """Runs segments one after the other over one cache.
 
     Returns:
-        States (N, D), and the ids (N,) that each should predict, of the kinds that the segments ask for: `image` (codes
-        of drawn images), `text` (text ids after the first image) and `begin` (`<img>` at the end of a text).
+        Those of the kinds that the segments ask for: `image` (codes of drawn images), `text` (text ids after the first
+        image) and `begin` (`<img>` at the end of a text).
     """
     cache = transformer.new_cache()
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {"image": [], "text": [], "begin": []}
+    found: dict[str, list[Predictions]] = {"image": [], "text": [], "begin": []}
     seen = False
     for segment in segments:
         image = segment.modality is Modality.IMAGE
@@ -36,35 +44,33 @@ def interleaved_states(transformer: MarsTransformer, segments: Sequence[Segment]
         rest = (segment.targets != IGNORE) & ~begins
         for kind, chosen in (("image" if image else "text", rest), ("begin", begins)):
             if bool(chosen.any()):
-                found[kind].append((hidden_BTD[chosen], segment.targets[chosen]))
-    return {kind: _joined(pairs) for kind, pairs in found.items() if pairs}
+                first = transformer.vocabulary.first_code if kind == "image" else 0
+                found[kind].append(Predictions(hidden_BTD[chosen], segment.targets[chosen] - first))
+    return {kind: Predictions(*map(torch.cat, zip(*parts, strict=True))) for kind, parts in found.items() if parts}
 
 
-def _joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    states, targets = zip(*pairs, strict=True)
-    return torch.cat(states), torch.cat(targets)
-
-
-def interleaved_losses(transformer: MarsTransformer, segments: Sequence[Segment]) -> dict[str, Tensor]:
-    """Mean cross-entropies in nats: `image_loss` per code, `text_loss` per text id, `begin_loss` per drawn image.
+def interleaved_losses(
+    transformer: MarsTransformer, segments: Sequence[Segment], *, z_loss: float = 0.0
+) -> dict[str, Tensor]:
+    """Mean cross-entropies in nats, those that there are: `image_loss` per code, `text_loss` per text id, `loss` per
+    code and text id, and `begin_image_loss` per `<img>`. `total` is `loss` with the z-loss. The last two have a graph.
 
     Text ids compete with text ids, codes with the visual rows, and `<img>` with text and special ids, as in the losses
     of one text and one image. Gradients of a text pass the frozen layers into the images before it.
     """
-    losses = {}
-    for kind, (states_ND, targets_N) in interleaved_states(transformer, segments).items():
-        if kind == "image":
-            logits = transformer.visual_logits(states_ND).float()
-            losses["image_loss"] = F.cross_entropy(logits, targets_N - transformer.vocabulary.first_code)
-        elif kind == "text":
-            losses["text_loss"] = F.cross_entropy(transformer.text_logits(states_ND).float(), targets_N)
-        else:
-            losses["begin_loss"] = begin_loss(transformer, states_ND)
+    states = interleaved_states(transformer, segments)
+    tables = {"image": transformer.visual_table, "text": transformer.text_table}
+    found = {
+        kind: token_loss(states[kind].states_ND, table, states[kind].targets_N, z_loss=z_loss)
+        for kind, table in tables.items()
+        if kind in states
+    }
+    whole = sum(len(states[kind].targets_N) for kind in found)
+    shares = {kind: len(states[kind].targets_N) / whole for kind in found}
+    losses = {f"{kind}_loss": one.nats for kind, one in found.items()}
+    if found:
+        losses["total"] = torch.stack([shares[kind] * one.loss for kind, one in found.items()]).sum()
+        losses["loss"] = torch.stack([shares[kind] * one.nats for kind, one in found.items()]).sum()
+    if "begin" in states:
+        losses["begin_image_loss"] = begin_loss(transformer, states["begin"].states_ND)
     return losses
-
-
-def begin_loss(transformer: MarsTransformer, states_ND: Tensor) -> Tensor:
-    """Mean cross-entropy of `<img>` among text and special ids after texts whose last states are given."""
-    text_N = torch.logsumexp(transformer.text_logits(states_ND).float(), dim=1)
-    special = transformer.special_logits(states_ND).float()
-    return (torch.logsumexp(torch.cat([text_N[:, None], special], dim=1), dim=1) - special[:, 0]).mean()

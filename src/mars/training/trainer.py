@@ -31,7 +31,8 @@ from mars.training.runlog import RunLog
 from mars.training.runstate import continue_from, read_state, write_state
 from mars.training.setup import open_stage
 from mars.training.stages import StageConfig
-from mars.training.tasks import Task, TaskContext, TaskMix
+from mars.training.task import Task, TaskContext
+from mars.training.tasks import TaskMix
 
 Sampler = Callable[[Path, Sequence[str]], Image.Image]
 """Draws a grid of prompts with the model saved in a folder; the trainer itself cannot generate."""
