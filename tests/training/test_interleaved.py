@@ -95,7 +95,7 @@ def test_what_follows_depends_on_the_images_before(
 
 
 def test_the_loss_of_a_text_trains_the_image_before_it_through_the_frozen_layers(transformer: MarsTransformer) -> None:
-    document = [ImagePart(codes_RC=CODES[0], role="read"), TextPart(ids=(60, 61))]
+    document: Document = [ImagePart(codes_RC=CODES[0], role="read"), TextPart(ids=(60, 61))]
     losses = interleaved_losses(transformer, segments_of(transformer, document))
     found = gradients(transformer, losses["total"])
     assert any(bool(found[name].any()) for name in found if ".visual.v_proj" in name)
