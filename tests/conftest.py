@@ -249,8 +249,9 @@ def stage(tmp_path: Path, tiny_llm: Path, tiny_model: Path, tiny_codes: Path) ->
 
     def table(**changes: Any) -> dict[str, Any]:
         return {
-            "name": "tiny", "out": str(tmp_path / "run"), "steps": 10, "batch_size": 6,
-            "tasks": {"text_to_image": 0.7, "captioning": 0.3}, "guidance_dropout": 0.2, "precision": "fp32", "save_every": 1000, "sample_every": 1000,
+            "name": "tiny", "out": str(tmp_path / "run"), "steps": 10, "batch_size": 6, "guidance_dropout": 0.2,
+            "tasks": {"text_to_image": 0.7, "captioning": 0.3}, "precision": "fp32", "save_every": 1000,
+            "sample_every": 1000,
             "model": {"language": str(tiny_llm), "image_tokenizer": str(tiny_model), "semvie": dict(POCKET)},
             "data": {"shards": [str(tiny_codes)]},
             "optimizer": {"learning_rate": 3e-3, "warmup": 2},

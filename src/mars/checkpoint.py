@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mars.config import from_dict, to_dict
 from mars.errors import CheckpointError, ConfigError, ModelError
-from mars.files import reason, whole_file
+from mars.files import cache_folder, reason, remembered, whole_file
 from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.image_tokenizer.model import ImageTokenizer
 from mars.model.base_llm import open_base_llm
@@ -331,10 +331,7 @@ def stored_digest(folder: Path) -> str:
     Raises:
         CheckpointError: if a file is missing or damaged.
     """
-    return _digest(read_tensors(folder / "visual.safetensors"), read_tensors(folder / "image_tokenizer.safetensors"))
-
-
-def _digest(visual: Mapping[str, Tensor], codec: Mapping[str, Tensor]) -> str:
+    visual, codec = (read_tensors(folder / f"{part}.safetensors") for part in ("visual", "image_tokenizer"))
     return tensors_digest({**visual, **{f"image_tokenizer.{name}": tensor for name, tensor in codec.items()}})
 
 
@@ -359,7 +356,7 @@ def load_model(
         raise ModelError(f"no model at {folder}; name a folder that holds config.json and visual.safetensors")
     check_precision(precision)
     info, config = read_info(folder)
-    image_tokenizer, codec = load_image_tokenizer(folder)  # before the LLM, which may take long
+    image_tokenizer, _ = load_image_tokenizer(folder)  # before the LLM, which may take long
     check_image_tokenizer(image_tokenizer.config, num_codes=config.num_codes, factor=info.factor, where=str(folder))
     stored = read_tensors(folder / "visual.safetensors")
     with torch.device("meta"):
@@ -387,7 +384,12 @@ def load_model(
         transformer=transformer.eval(),
         image_tokenizer=image_tokenizer,
         text_tokenizer=TextTokenizer(llm.tokenizer, config=llm.tokenizer_config),
-        visual_digest=_digest(stored, codec),
+        visual_digest=remembered(
+            [folder / "visual.safetensors", folder / "image_tokenizer.safetensors"],
+            lambda: stored_digest(folder),
+            cache=cache_folder(),
+            what="digest of the visual side",
+        ),
         precision=precision,
         folder=folder,
     )

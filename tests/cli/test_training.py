@@ -1,12 +1,15 @@
 import json
+import os
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import nan
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -14,8 +17,9 @@ from mars import cli
 from mars.checkpoint import load_image_tokenizer, load_model
 from mars.cli.progress import Report
 from mars.cli.training import draw_samples, start_training
-from mars.model.transformer import MarsTransformer
-from mars.training import trainer
+from mars.training.meters import Pace
+from mars.training.tasks import Drawing, TextToImage
+from mars.training.trainer import Trainer
 
 Train = Callable[..., tuple[int, str]]
 
@@ -154,14 +158,55 @@ def test_a_tokenizer_moves_a_bar_on_a_terminal(tmp_path: Path, tiny_pictures: Pa
     assert not any(line.startswith("step") for line in said)
 
 
-def test_a_run_that_diverges_is_one_line(train: Train, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def diverged(transformer: MarsTransformer, *_: object, **__: object) -> Tensor:
-        return transformer.visual_head.weight.sum() * nan
+def test_a_run_that_diverges_is_one_line(
+    train: Train, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverged(_: TextToImage, batch: Sequence[Drawing]) -> dict[str, Tensor]:
+        return {"total": torch.full((), nan, requires_grad=True)}
 
-    monkeypatch.setattr(trainer, "text_to_image_loss", diverged)
-    code, err = train(config, "--set", "captioning=0")
+    monkeypatch.setattr(TextToImage, "losses", diverged)
+    code, err = train(config, "--set", "tasks={text_to_image=1}", "--set", "max_skipped=2")
     assert code == 1
-    assert err == "mars: loss must be finite, got nan at step 0; nothing was saved yet, start again with a lower rate\n"
+    assert err.splitlines()[-1] == (
+        "mars: text_to_image/total must be finite, got nan at step 1, and so were 2 steps in a row; "
+        f"the batch is in {tmp_path / 'run' / 'skipped-step-000001.json'}; "
+        "nothing was saved yet, start again with a lower rate"
+    )
+    assert "got nan at step 0; the step is skipped" in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_after_its_step_which_is_saved(
+    train: Train, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    learn = Trainer.train_step
+
+    def step(trainer: Trainer, pace: Pace | None = None) -> dict[str, float]:
+        if trainer.step == 2:
+            os.kill(os.getpid(), number)
+        return learn(trainer, pace)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(Trainer, "train_step", step)
+    found, err = train(config)
+    assert found == code
+    assert err.splitlines()[-1] == "stopped at step 3, which is saved; run the same command again to continue"
+    assert signal.getsignal(number) is before
+    monkeypatch.setattr(Trainer, "train_step", learn)
+    found, err = train(config)
+    assert found == 0
+    assert f"continuing {tmp_path / 'run'} at step 3" in err
+
+
+def test_a_second_signal_does_not_wait(train: Train, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(trainer: Trainer, pace: Pace | None = None) -> dict[str, float]:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the second signal was ignored")
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    code, _ = train(config)
+    assert code == 130  # as typer reports an interrupt
 
 
 def test_an_adapter_is_trained_drawn_with_and_refused_by_another_model(

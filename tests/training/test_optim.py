@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from mars.errors import CheckpointError
 from mars.model.transformer import MarsTransformer
-from mars.training.optim import Muon, build_optimizers, orthogonalize, rate_at
+from mars.training.optim import Average, Muon, build_optimizers, orthogonalize, rate_at, restore_optimizers
 from mars.training.stages import OptimizerConfig
 
 
@@ -117,3 +118,35 @@ def test_a_rate_with_decay_warms_up_stays_and_falls_in_a_line() -> None:
 @pytest.mark.parametrize("warmup", [0, 3, 500])
 def test_a_rate_is_never_0_nor_above_the_peak(warmup: int, decay: int | None) -> None:
     assert all(0 < rate <= 1 for rate in rates(60, warmup=warmup, decay=decay))
+
+
+def test_an_average_forgets_and_is_younger_at_first() -> None:
+    weights = {"a": torch.tensor([1.0])}
+    average = Average(weights, decay=0.9)
+    expected = 1.0
+    for step in range(120):
+        weights["a"] = torch.tensor([float(step)])
+        average.update(weights, step=step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+        assert float(average.values["a"]) == pytest.approx(expected, rel=1e-5)
+    assert expected == pytest.approx(119 - 9, abs=0.1)  # ten steps behind, as 0.9 says
+
+
+def test_weights_hold_the_average_only_inside_the_block() -> None:
+    weights = {"a": torch.tensor([1.0, 2.0])}
+    average = Average(weights, decay=0.9)
+    weights["a"] += 5
+    with average.swapped(weights):
+        assert weights["a"].tolist() == [1, 2]
+    assert weights["a"].tolist() == [6, 7]
+    assert average.values["a"].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("key", ["0/b/step", "5/a/step", "0/a/exp_avg"])
+def test_a_state_that_fits_no_weight_is_one_line(key: str) -> None:
+    weight = nn.Parameter(torch.zeros(2, 2))
+    optimizers = [torch.optim.AdamW([weight])]
+    with pytest.raises(CheckpointError, match=f"{key}, which fits no weight") as caught:
+        restore_optimizers(optimizers, {key: torch.zeros(3)}, {"a": weight})
+    assert "\n" not in str(caught.value)

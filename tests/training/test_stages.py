@@ -1,6 +1,7 @@
 import math
 import tomllib
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from mars.checkpoint import codes_digest, load_image_tokenizer
 from mars.config import from_dict, load_config, to_dict
 from mars.data.shards import read_codes
 from mars.errors import ConfigError
-from mars.training.stages import StageConfig
+from mars.training.stages import STAGES, StageConfig
 from mars.training.tokenizer_trainer import TokenizerTrainingConfig
 
 
@@ -27,9 +28,13 @@ def test_a_stage_survives_a_round_trip(stage: Callable[..., dict[str, Any]]) -> 
         ({"report_every": 0}, "report_every must be at least 1, got 0"),
         ({"sample_every": 0}, "sample_every must be at least 1"),
         ({"save_every": 0}, "save_every must be at least 1"),
-        ({"captioning": 1.0}, r"captioning must lie in 0\.\.1, got 1\.0"),
-        ({"captioning": -0.1}, "captioning must lie"),
-        ({"captioning": math.nan}, "captioning must be float, got nan"),
+        ({"tasks": {"captioning": -0.1}}, r"tasks\.captioning must be at least 0 and finite, got -0\.1"),
+        ({"tasks": {"captioning": math.nan}}, r"tasks\.captioning must be float, got nan"),
+        ({"tasks": {"captioning": 0.0}}, "tasks must name at least one with a share above 0"),
+        ({"tasks": {"painting": 1.0}}, r"unknown task tasks\.painting; known tasks are text_to_image, "),
+        ({"stage": "align"}, "stage 'align' continues a model: set model.start_from"),
+        ({"model": {}}, r"model\.image_tokenizer is required"),
+        ({"model": {"start_from": "a", "semvie": {}}}, r"model\.semvie must be left out"),
         ({"guidance_dropout": 1.5}, "guidance_dropout must lie"),
         ({"batch": 3}, "unknown key batch; did you mean batch_size"),
         ({"steps": "many"}, "steps must be int, got 'many'"),
@@ -54,6 +59,7 @@ def test_a_wrong_stage_is_one_line(stage: Callable[..., dict[str, Any]], changes
         ("warmup", -1),
         ("decay", -1),
         ("betas", [0.9]),
+        ("average", 1.0),
     ],
 )
 def test_a_wrong_optimizer_is_one_line(stage: Callable[..., dict[str, Any]], name: str, value: object) -> None:
@@ -67,8 +73,13 @@ def test_a_wrong_optimizer_is_one_line(stage: Callable[..., dict[str, Any]], nam
         {"optimizer": {"learning_rate": math.inf}},
         {"optimizer": {"betas": [0.9, 1.5]}},
         {"special_weight": -1.0},
-        {"top_rows": -1},
-        {"top_rows_share": 1.0},
+        {"top_rows": 0},
+        {"accumulate": 0},
+        {"keep": 0},
+        {"max_skipped": 0},
+        {"z_loss": -1e-4},
+        {"peak_tflops": 0.0},
+        {"data": {"shards": ["a"], "held_out": ["picture", "train"]}},
         {"prefix_gib": -1.0},
         {"threads": 0},
         {"threads": -2},
@@ -87,6 +98,22 @@ def test_values_that_no_run_can_use_are_refused(stage: Callable[..., dict[str, A
         from_dict(StageConfig, stage(**changes))
 
 
+def test_shares_of_tasks_are_relative_and_the_stage_has_its_own(stage: Callable[..., dict[str, Any]]) -> None:
+    asked = from_dict(StageConfig, stage(tasks={"captioning": 1.0, "text_to_image": 3.0, "top_rows": 0.0}))
+    assert asked.mix == {"captioning": 0.25, "text_to_image": 0.75}
+    table = stage(tasks={})
+    assert from_dict(StageConfig, table).mix == STAGES["pretrain"].tasks
+    table["model"] = {"start_from": "runs/a/model"}
+    assert from_dict(StageConfig, table | {"stage": "align"}).mix == {"text_to_image": 1.0}
+
+
+def test_a_stage_says_in_a_line_what_it_does(stage: Callable[..., dict[str, Any]]) -> None:
+    line = from_dict(StageConfig, stage(tasks={}, optimizer={"decay": 7})).describe()
+    words = ("pretrain: ", "a new visual expert on", "text_to_image 85%", "10 steps of 6", "decay over the last 7")
+    assert all(word in line for word in words), line
+    assert "\n" not in line
+
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -103,3 +130,19 @@ def test_the_codes_that_come_along_are_those_of_the_image_tokenizer_that_does() 
         coded, digest = read_codes(ROOT / shard)
         assert digest == codes_digest(tokenizer)
         assert {item.record.split for item in coded} > {"train"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_a_configuration_at_the_scale_of_the_paper(stage: str) -> None:
+    config = load_config(StageConfig, ROOT / "configs" / f"paper-{stage}.toml")
+    assert config.stage == stage
+    assert config.mix.keys() == STAGES[stage].tasks.keys()
+    assert not STAGES[stage].needs_model or config.model.start_from is not None
+    assert config.optimizer.betas == (0.9, 0.95)
+    assert config.optimizer.warmup == config.steps // 100
+
+
+def test_every_stage_continues_what_the_one_before_it_makes() -> None:
+    stages = [load_config(StageConfig, ROOT / "configs" / f"paper-{stage}.toml") for stage in STAGES]
+    for before, after in pairwise(stages):
+        assert after.model.start_from == before.out / "model"

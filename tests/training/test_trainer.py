@@ -1,6 +1,11 @@
 import json
+import random
 import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +24,7 @@ from mars.model.language_tensors import tensors_digest
 from mars.model.transformer import read_prefixes
 from mars.sequence.layout import drawn_image
 from mars.training import trainer as module
+from mars.training.checkpoints import Checkpoints
 from mars.training.losses import text_to_image_loss
 from mars.training.optim import optimizer_tensors
 from mars.training.runstate import write_state
@@ -39,6 +45,12 @@ def start(table: dict[str, Any]) -> Trainer:
 
 def steps(trainer: Trainer, count: int) -> list[dict[str, float]]:
     return [trainer.train_step() for _ in range(count)]
+
+
+def toml(table: dict[str, Any], section: str = "") -> str:
+    lines = [f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    tables = [(f"{section}{key}", value) for key, value in table.items() if isinstance(value, dict)]
+    return "\n".join([*lines, *(f"[{name}]\n{toml(value, f'{name}.')}" for name, value in tables)])
 
 
 def slots(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -342,13 +354,6 @@ def test_a_checkpoint_of_another_language_model_is_one_line(stage: Stage, tmp_pa
         start(stage())
 
 
-def test_a_grid_that_the_grid_embedding_does_not_know_is_refused(stage: Stage) -> None:
-    table = stage()
-    semvie = {**table["model"].get("semvie", {}), "grid_embedding": True, "max_grid": 1}
-    with pytest.raises(ConfigError, match="max_grid must be at least"):
-        start({**table, "model": {**table["model"], "semvie": semvie}})
-
-
 def test_a_step_that_is_sampled_is_saved_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, saved = start(stage(steps=4, save_every=2, sample_every=2)), []
     monkeypatch.setattr(trainer, "save", lambda: saved.append(trainer.step))
@@ -550,3 +555,55 @@ def test_a_run_over_other_pictures_is_another_run(stage: Stage, tmp_path: Path, 
         start(stage(batch_size=5))
     with pytest.raises(ConfigError, match="seed must stay 0, .* got 1"):
         start(stage(seed=1))
+
+
+KILLED = """
+import sys, tomllib
+from pathlib import Path
+from mars.config import load_config
+from mars.training.stages import StageConfig
+from mars.training.trainer import Trainer
+
+trainer = Trainer(load_config(StageConfig, Path(sys.argv[1])), notify=print)
+print("step", trainer.step, flush=True)
+trainer.train(report=lambda step, values: print("step", step, flush=True))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_twenty_times_ends_with_the_weights_of_one_that_was_not(
+    stage: Stage, tmp_path: Path
+) -> None:
+    """Killed at any moment by SIGKILL: between steps, inside one, while a checkpoint is written."""
+    table = stage(
+        steps=200, save_every=3, report_every=1, optimizer=OPTIMIZERS["muon"] | {"average": 0.9}, threads=1, keep=1
+    )
+    whole = Trainer(from_dict(StageConfig, table | {"out": str(tmp_path / "whole")}))
+    config = tmp_path / "killed.toml"
+    config.write_text(toml(table), "utf-8")
+    moments, kills, reached = random.Random(0), 0, 0
+    while True:
+        command = [sys.executable, "-W", "error", "-c", KILLED, str(config)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("step")
+            if kills < 20:
+                time.sleep(moments.uniform(0.0, 0.5))
+                process.kill()
+                kills += 1
+            process.stdout.read()
+        after = Checkpoints(tmp_path / "run", keep=1, process=whole.process).steps()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+        assert max(after, default=0) >= reached
+        reached = max(after, default=0)
+    assert kills == 20
+    assert reached > 0
+    whole.train()
+    wanted, found = (read_tensors(tmp_path / name / "last" / "training.safetensors") for name in ("whole", "run"))
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    logs = [(tmp_path / name / "log.jsonl").read_text("utf-8").splitlines() for name in ("whole", "run")]
+    losses = [[{k: v for k, v in json.loads(line).items() if "/" in k} for line in lines] for lines in logs]
+    assert losses[0] == losses[1]
