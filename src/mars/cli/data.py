@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from mars.cli.curation import curate, recaption
+from mars.cli.edits import edits
 from mars.cli.ingest import ingest
 from mars.cli.options import Debug
 from mars.cli.progress import bar
@@ -14,6 +15,7 @@ data_app = typer.Typer(help="Make and encode picture sets.", no_args_is_help=Tru
 data_app.command()(ingest)
 data_app.command()(curate)
 data_app.command()(recaption)
+data_app.command()(edits)
 
 
 @data_app.command()

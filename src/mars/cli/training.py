@@ -6,12 +6,14 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mars.adapter import load_adapted
 from mars.checkpoint import load_model
 from mars.cli.progress import Bar
 from mars.config import load_config
@@ -63,12 +65,13 @@ def _train_stage(config: StageConfig, process: Process, *, say: Callable[[str], 
         )
     say(f"continuing {config.out} at step {trainer.step}" if trainer.step else config.describe())
     shown = process.is_main and sys.stderr.isatty()
+    sampler = partial(draw_samples, base=None if config.lora is None else config.model.start_from)
     with _signals(say, alone=process.world == 1) as caught, _Display(config.steps, say=say, shown=shown) as display:
-        done = trainer.train(report=display, sampler=draw_samples, stopping=lambda: bool(caught))
+        done = trainer.train(report=display, sampler=sampler, stopping=lambda: bool(caught))
     if not done:
         say(f"stopped at step {trainer.step}, which is saved; run the same command again to continue")
         return caught[0] if caught else signal.SIGTERM
-    say(f"the model is in {config.out / 'model'}")
+    say(f"the {trainer.product.name} is in {config.out / trainer.product.name}")
     return 0
 
 
@@ -122,9 +125,10 @@ class _Display:
             self.say(f"step {step}/{self.steps}  {text}")
 
 
-def draw_samples(folder: Path, prompts: Sequence[str]) -> Image.Image:
-    """A row of pictures, one per prompt, drawn (and upscaled) by the model in a folder; the seed is 0."""
-    pipe = MarsPipeline(load_model(folder))
+def draw_samples(folder: Path, prompts: Sequence[str], *, base: Path | None = None) -> Image.Image:
+    """A row of pictures, one per prompt, drawn (and upscaled) by a folder's model, or by `base` with the folder's
+    adapter; the seed is 0."""
+    pipe = MarsPipeline(load_model(folder) if base is None else load_adapted(base, folder))
     drawn = pipe(list(prompts), seed=0)
     if pipe.model.info.upscale is not None:
         drawn = pipe.upscale(drawn)
