@@ -5,8 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -247,8 +248,9 @@ with join(torch.device("cpu")) as process:
 """
 
 
-def torchrun(*arguments: object, processes: int = 2) -> str:
-    """Standard output of processes that torchrun starts."""
+@contextmanager
+def torchrun(*arguments: object, processes: int = 2) -> Iterator[subprocess.Popen[str]]:
+    """Processes that torchrun starts; none outlives the block."""
     with subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -258,18 +260,24 @@ def torchrun(*arguments: object, processes: int = 2) -> str:
         start_new_session=True,
     ) as started:
         try:
-            out, err = started.communicate(timeout=300)
+            yield started
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(started.pid, signal.SIGKILL)  # processes that wait for each other
-    assert started.returncode == 0, err
+
+
+def output(*arguments: object, processes: int = 2) -> str:
+    """What processes that end well print."""
+    with torchrun(*arguments, processes=processes) as started:
+        out, err = started.communicate(timeout=300)
+        assert started.returncode == 0, err
     return out
 
 
 def run(tmp_path: Path, table: dict[str, Any], count: int, *, processes: int) -> list[dict[str, Any]]:
     """What each process of a training tells."""
     (tmp_path / "script.py").write_text(SCRIPT, "utf-8")
-    printed = torchrun(tmp_path / "script.py", json.dumps(table), count, processes=processes)
+    printed = output(tmp_path / "script.py", json.dumps(table), count, processes=processes)
     return sorted(map(json.loads, printed.splitlines()), key=lambda one: int(one["rank"]))
 
 
@@ -328,13 +336,17 @@ def log_of(folder: Path) -> list[dict[str, float]]:
     ]
 
 
+def write_config(path: Path, table: dict[str, Any]) -> Path:
+    """A configuration file."""
+    path.write_text("\n".join(f"{key} = {toml(value)}" for key, value in table.items()), "utf-8")
+    return path
+
+
 @pytest.mark.slow
 def test_the_command_under_torchrun_leaves_what_one_process_leaves(stage: Stage, tmp_path: Path) -> None:
     for name, processes in (("one", 1), ("two", 2)):
         table = stage(out=str(tmp_path / name), steps=10, report_every=2, save_every=4, sample_every=5, keep=5)
-        config = tmp_path / f"{name}.toml"
-        config.write_text("\n".join(f"{key} = {toml(value)}" for key, value in table.items()), "utf-8")
-        torchrun("-m", "mars", "train", config, processes=processes)
+        output("-m", "mars", "train", write_config(tmp_path / f"{name}.toml", table), processes=processes)
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     assert [line["step"] for line in two] == [2, 4, 6, 8, 10]
     assert close(two, one)
@@ -343,3 +355,18 @@ def test_the_command_under_torchrun_leaves_what_one_process_leaves(stage: Stage,
         assert names[0] == names[1]
     found, wanted = (load_model(tmp_path / name / "model").transformer.visual_tensors() for name in ("two", "one"))
     assert all(torch.allclose(found[name], wanted[name], atol=2e-3) for name in wanted)  # fp16
+
+
+@pytest.mark.slow
+def test_a_signal_stops_all_processes_after_a_step_that_is_saved(stage: Stage, tmp_path: Path) -> None:
+    table = stage(steps=1_000_000, report_every=1, optimizer=ADAMW | {"decay": 1})
+    log = tmp_path / "run" / "log.jsonl"
+    with torchrun("-m", "mars", "train", write_config(tmp_path / "long.toml", table)) as started:
+        while started.poll() is None and not (log.is_file() and len(log.read_text("utf-8").splitlines()) > 3):
+            time.sleep(0.2)
+        started.terminate()
+        _, err = started.communicate(timeout=120)
+    assert err.count("this step is finished and saved") == 1
+    resumed = start(table)
+    assert resumed.step >= 4
+    assert f"stopped at step {resumed.step}, which is saved" in err
