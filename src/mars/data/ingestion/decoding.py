@@ -64,6 +64,8 @@ def stored_form(content: bytes) -> StoredForm:
         if _BEGINNINGS.match(content):
             raise ImageError("damaged (its header cannot be read)") from None
         raise ImageError(f"not a picture of a kind that is read ({', '.join(_READ)})") from None
+    except MemoryError:
+        raise ImageError("too large for the memory of this machine") from None
     except Exception as error:  # whatever a decoder stumbles over in bytes of strangers
         raise ImageError(f"damaged ({_words(error)})") from error
 
