@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from mars.config import from_dict
-from mars.errors import ConfigError
 from mars.training.process import Process
 from mars.training.setup import open_stage
 from mars.training.stages import StageConfig
@@ -187,8 +186,3 @@ def test_held_out_pictures_have_their_captions_and_are_others(stage: Stage, mix:
     assert mix(tasks={"text_to_image": 1.0}).main.held_out() == []
     halves = [mix(data=data, process=OneOf(rank, 3)).main.held_out() for rank in range(3)]
     assert [len(half) for half in halves] == [2, 2, 2]  # all processes have as many
-
-
-def test_a_task_that_is_not_there_yet_is_one_line(mix: Callable[..., TaskMix]) -> None:
-    with pytest.raises(ConfigError, match=r"tasks\.upscale cannot be trained yet"):
-        mix(tasks={"upscale": 1.0})
