@@ -232,7 +232,7 @@ def test_a_whole_run_leaves_a_model_a_log_and_samples(stage: Stage, tmp_path: Pa
     assert state.pop("progress")["score"] > 0
     assert state.pop("files").keys() == {path.name for path in (run / "last").iterdir()} - {"state.json"}
     assert state == {
-        "step": 7, "optimizer": "adamw", "seed": 0, "batch_size": 6, "pictures": 24,
+        "step": 7, "optimizer": "adamw", "seed": 0, "batch_size": 6, "pictures": 24, "lora": "none",
         "image_tokenizer": trainer.mix.context.loader.image_tokenizer,
     }  # fmt: skip
     model = load_model(run / "model")
