@@ -11,7 +11,6 @@ Where `llama-cpp-python` is installed, llama.cpp runs a Llama of the same shapes
 import argparse
 import gc
 import json
-import resource
 import tempfile
 import time
 from dataclasses import replace
@@ -42,7 +41,7 @@ def build(layers: int, bits: Bits) -> MarsTransformer:
     with torch.device("meta"):
         transformer = MarsTransformer(shapes)
     transformer.release_language()
-    for module in list(transformer.modules()):
+    for module in [module for module in transformer.modules() if not isinstance(module, nn.Linear)]:
         for name, part in list(module.named_children()):
             if isinstance(part, nn.Linear):
                 weight = torch.randn(part.out_features, part.in_features).mul_(part.in_features**-0.5)
@@ -123,33 +122,39 @@ def write_gguf(path: Path, *, layers: int, bits: Bits) -> int:
     writer.add_vocab_size(rows)
     writer.add_tokenizer_model("none")
     kind = gguf.GGMLQuantizationType.Q4_0 if bits == 4 else gguf.GGMLQuantizationType.Q8_0
-    generator = np.random.default_rng(0)
-    read = 0
-
-    def add(name: str, outputs: int, inputs: int) -> None:
-        nonlocal read
-        blocks = generator.integers(0, 256, (outputs, inputs // 32, 18 if bits == 4 else 34), dtype=np.uint8)
-        blocks[..., :2] = np.array([0.002], dtype=np.float16).view(np.uint8)
-        writer.add_tensor(name, blocks.reshape(outputs, -1), raw_dtype=kind)
-        read += blocks.size if name != "token_embd.weight" else 0
-
     width, ffn, kv = language.width, language.ffn, language.num_kv_heads * language.head_width
-    add("token_embd.weight", rows, width)
-    add("output.weight", rows, width)
-    writer.add_tensor("output_norm.weight", np.ones(width, dtype=np.float32))
+    matrices = {"token_embd": (rows, width), "output": (rows, width)}
+    norms = ["output_norm"]
     for layer in range(layers):
-        for name, outputs, inputs in (
-            ("attn_q", width, width), ("attn_k", kv, width), ("attn_v", kv, width), ("attn_output", width, width),
-            ("ffn_gate", ffn, width), ("ffn_up", ffn, width), ("ffn_down", width, ffn),
-        ):  # fmt: skip
-            add(f"blk.{layer}.{name}.weight", outputs, inputs)
-        for name in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(width, dtype=np.float32))
+        shapes_of = {
+            "attn_q": (width, width),
+            "attn_k": (kv, width),
+            "attn_v": (kv, width),
+            "attn_output": (width, width),
+        }
+        shapes_of |= {"ffn_gate": (ffn, width), "ffn_up": (ffn, width), "ffn_down": (width, ffn)}
+        matrices |= {f"blk.{layer}.{name}": shape for name, shape in shapes_of.items()}
+        norms += [f"blk.{layer}.{name}" for name in ("attn_norm", "ffn_norm")]
+    sizes = {name: outputs * inputs // 32 * (18 if bits == 4 else 34) for name, (outputs, inputs) in matrices.items()}
+    for name, (outputs, _) in matrices.items():
+        shape = (outputs, sizes[name] // outputs)
+        writer.add_tensor_info(f"{name}.weight", shape, np.dtype(np.uint8), sizes[name], raw_dtype=kind)
+    for name in norms:
+        writer.add_tensor_info(f"{name}.weight", (width,), np.dtype(np.float32), 4 * width)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    generator = np.random.default_rng(0)
+    for name in matrices:  # one after the other, so that only one is in memory
+        blocks = generator.integers(
+            0, 256, (sizes[name] // (18 if bits == 4 else 34), 18 if bits == 4 else 34), np.uint8
+        )
+        blocks[:, :2] = np.array([0.002], dtype=np.float16).view(np.uint8)
+        writer.write_tensor_data(blocks)
+    for _ in norms:
+        writer.write_tensor_data(np.ones(width, dtype=np.float32))
     writer.close()
-    return read
+    return sum(sizes.values()) - sizes["token_embd"]
 
 
 def llama_cpp(*, layers: int, bits: Bits, seconds: float, read: Bandwidth) -> dict[str, Any]:
@@ -186,25 +191,17 @@ def llama_cpp(*, layers: int, bits: Bits, seconds: float, read: Bandwidth) -> di
     }
 
 
-def memory_held() -> int:
-    """Bytes of this process in memory now."""
-    fields = Path("/proc/self/statm").read_text("utf-8").split()
-    return int(fields[1]) * resource.getpagesize()
-
-
 def measure(layers: int, seconds: float) -> dict[str, Any]:
     """All figures."""
     found: dict[str, Any] = {"layers": layers, "threads": torch.get_num_threads()}
     widths: tuple[Bits, ...] = (8, 4)
     for bits in widths:
         started = time.perf_counter()
-        before = memory_held()
         transformer = build(layers, bits)
         size = bytes_per_code(transformer)
         read = Bandwidth(min(size, 2**30))
         figures: dict[str, Any] = {
             "seconds to make and round": time.perf_counter() - started,
-            "weights GB": (memory_held() - before - read.words.numel() * 8) / 1e9,
             "bytes per code": size,
         }
         for rows in (1, 2):

@@ -279,7 +279,7 @@ def test_a_state_of_another_run_is_one_line(table: dict[str, Any], tmp_path: Pat
     assert TokenizerTrainer(config_of(table, steps=99, learning_rate=1e-5)).step == 0
     for damaged in ({}, {"step": "many"}, {"step": -1}):
         write_json(tmp_path / "run" / "last" / "state.json", damaged)
-        with pytest.raises(CheckpointError, match="must hold the step"):
+        with pytest.raises(CheckpointError, match="must hold the (step|digests)"):
             TokenizerTrainer(config_of(table))
 
 
