@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from mars.adapter import read_adapter
 from mars.checkpoint import load_model
 from mars.config import from_dict
 from mars.errors import CheckpointError, ConfigError, TrainingError
@@ -84,6 +85,21 @@ def test_sharding_changes_no_loss(
     assert len({frozenset(losses) for losses in wanted}) == 2  # both tasks occurred
     trainer = start(table, process)
     assert close(steps(trainer, 8), wanted)
+
+
+def test_an_adapter_that_is_trained_sharded_is_the_same(
+    stage: Stage, process: ShardedProcess, tiny_model: Path, tmp_path: Path
+) -> None:
+    table = stage(stage="align", lora={"rank": 2}, optimizer=ADAMW, steps=4)
+    table["model"] = {"start_from": str(tiny_model)}
+    wanted, found = start(table), start(table | {"out": str(tmp_path / "sharded")}, process)
+    assert close(steps(found, 3), steps(wanted, 3))
+    wanted.train()
+    found.train()
+    one, other = (read_adapter(trainer.config.out / "adapter") for trainer in (wanted, found))
+    assert one.base_digest == other.base_digest
+    for name, matrix in one.tensors().items():
+        assert torch.allclose(other.tensors()[name], matrix, atol=1e-5)
 
 
 CODES = torch.arange(24).view(4, 2, 3)

@@ -64,8 +64,8 @@ class Trainer:
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         opened = open_stage(config, notify=notify)
         self.info, self.transformer = opened.info, opened.transformer
+        self.product = product_of(config, opened)  # adapters are placed with the rest
         self.process.place(self.transformer, dtype=self.dtype)
-        self.product = product_of(config, opened)
         self.transformer.recompute = config.recompute
         if config.compile:
             self.transformer.compile_layers()
