@@ -102,7 +102,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"no weights at {path}")
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file ({error})") from error
 
 
