@@ -81,14 +81,6 @@ def test_a_stage_continues_a_new_model_and_saves_it(
     assert trained("a red apple", seed=1).images[0].size == (48, 32)  # of the shards
 
 
-def test_a_stage_without_the_options_of_the_model_is_refused(
-    even_model: Path, even_llm: Path, stage: Callable[..., dict[str, Any]]
-) -> None:
-    model = {"language": str(even_llm), "image_tokenizer": str(even_model), "start_from": str(even_model)}
-    with pytest.raises(CheckpointError, match="has other shapes than the configuration"):
-        Trainer(from_dict(StageConfig, stage(model=model | {"semvie": {"visual_layers": [0]}})))
-
-
 def test_a_stage_names_its_llm_wherever_it_is_started(
     tiny_llm: Path, stage: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
