@@ -81,6 +81,14 @@ def test_a_stage_continues_a_new_model_and_saves_it(
     assert trained("a red apple", seed=1).images[0].size == (48, 32)  # of the shards
 
 
+def test_a_stage_takes_its_shapes_from_the_model_that_it_starts_from(
+    even_model: Path, stage: Callable[..., dict[str, Any]]
+) -> None:
+    model = {"start_from": str(even_model)}
+    with pytest.raises(ConfigError, match=r"model\.semvie must be left out"):
+        Trainer(from_dict(StageConfig, stage(model=model | {"semvie": {"visual_layers": [0]}})))
+
+
 def test_a_stage_names_its_llm_wherever_it_is_started(
     tiny_llm: Path, stage: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

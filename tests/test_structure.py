@@ -79,7 +79,8 @@ def test_every_test_file_mirrors_a_module() -> None:
     strays = [
         str(path)
         for path in tests
-        if str(path) not in CROSS_CUTTING and not (SOURCE / path.parent / path.name.removeprefix("test_")).is_file()
+        if str(path) not in CROSS_CUTTING
+        and not any((root / path.parent / path.name.removeprefix("test_")).is_file() for root in (SOURCE, ROOT))
     ]
     assert strays == []
 

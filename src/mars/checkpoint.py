@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mars.config import from_dict, to_dict
 from mars.errors import CheckpointError, ConfigError, ModelError
-from mars.files import reason, whole_file
+from mars.files import cache_folder, reason, remembered, whole_file
 from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.image_tokenizer.model import ImageTokenizer
 from mars.model.base_llm import open_base_llm
@@ -209,6 +209,8 @@ class MarsModel:
     """Of the weights in memory."""
     folder: Path | None = None
     """Where it was opened."""
+    lora: str | None = None
+    """The adapter that was merged into the visual expert, and how strongly."""
 
 
 def save_image_tokenizer(folder: Path, tokenizer: ImageTokenizer, *, dtype: torch.dtype = torch.float32) -> None:
@@ -329,19 +331,21 @@ def stored_digest(folder: Path) -> str:
     Raises:
         CheckpointError: if a file is missing or damaged.
     """
-    return _digest(read_tensors(folder / "visual.safetensors"), read_tensors(folder / "image_tokenizer.safetensors"))
-
-
-def _digest(visual: Mapping[str, Tensor], codec: Mapping[str, Tensor]) -> str:
+    visual, codec = (read_tensors(folder / f"{part}.safetensors") for part in ("visual", "image_tokenizer"))
     return tensors_digest({**visual, **{f"image_tokenizer.{name}": tensor for name, tensor in codec.items()}})
 
 
 def load_model(
-    folder: Path, *, precision: Precision = "fp32", notify: Callable[[str], None] | None = None
+    folder: Path,
+    *,
+    precision: Precision = "fp32",
+    notify: Callable[[str], None] | None = None,
+    merge: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> MarsModel:
     """Opens a model's folder and the LLM that it names.
 
     Weights of less than fp32 are rounded one after the other as they are read: they never stand whole in memory.
+    `merge` is given the visual tensors before that, and gives those that take the place of others.
 
     Raises:
         ConfigError: for an unknown precision.
@@ -352,7 +356,7 @@ def load_model(
         raise ModelError(f"no model at {folder}; name a folder that holds config.json and visual.safetensors")
     check_precision(precision)
     info, config = read_info(folder)
-    image_tokenizer, codec = load_image_tokenizer(folder)  # before the LLM, which may take long
+    image_tokenizer, _ = load_image_tokenizer(folder)  # before the LLM, which may take long
     check_image_tokenizer(image_tokenizer.config, num_codes=config.num_codes, factor=info.factor, where=str(folder))
     stored = read_tensors(folder / "visual.safetensors")
     with torch.device("meta"):
@@ -373,14 +377,19 @@ def load_model(
     if llm.config != config.language:
         raise CheckpointError(f"{folder / 'config.json'} does not describe {info.language}; its language part is wrong")
     visual = {name: tensor.float() for name, tensor in stored.items()} if precision == "fp32" else stored
-    transformer = build_transformer(config, llm.tensors, visual=visual)
+    transformer = build_transformer(config, llm.tensors, visual={**visual, **(merge(visual) if merge else {})})
     lower_precision(transformer, precision)
     return MarsModel(
         info=info,
         transformer=transformer.eval(),
         image_tokenizer=image_tokenizer,
         text_tokenizer=TextTokenizer(llm.tokenizer, config=llm.tokenizer_config),
-        visual_digest=_digest(stored, codec),
+        visual_digest=remembered(
+            [folder / "visual.safetensors", folder / "image_tokenizer.safetensors"],
+            lambda: stored_digest(folder),
+            cache=cache_folder(),
+            what="digest of the visual side",
+        ),
         precision=precision,
         folder=folder,
     )

@@ -1,8 +1,9 @@
 """Files that appear whole or not at all."""
 
 import errno
+import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -50,3 +51,26 @@ def place_for(folder: Path, *, error: type[MarsError], may_replace: Callable[[Pa
 def cache_folder() -> Path:
     """Where converted and compiled files are kept: $MARS_CACHE or ~/.cache/mars."""
     return Path(os.environ.get("MARS_CACHE") or "~/.cache/mars").expanduser()
+
+
+REMEMBERED = 2**28
+"""Bytes of files from which it is worth remembering what was computed of them."""
+
+
+def remembered(files: Sequence[Path], compute: Callable[[], str], *, cache: Path, what: str) -> str:
+    """A line of text that depends on files alone: computed once, as long as their sizes and times of change stay.
+
+    Only of large files, and only where `cache` can be written.
+    """
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    if sum(size for _, size, _ in stats) < REMEMBERED:
+        return compute()
+    key = hashlib.sha256(repr((what, sorted(stats))).encode()).hexdigest()
+    place = cache / "remembered" / key
+    with suppress(OSError, UnicodeDecodeError):
+        if known := place.read_text("utf-8"):
+            return known
+    found = compute()
+    with suppress(MarsError), whole_file(place, error=MarsError) as partial:
+        partial.write_text(found, encoding="utf-8")
+    return found

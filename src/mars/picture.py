@@ -35,13 +35,20 @@ class GeneratedImage(Image.Image):
         super().save(fp, format, **params)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
     """A copy, turned as EXIF says; EXIF that is damaged says nothing."""
     try:
         with warnings.catch_warnings(action="ignore"):
             return ImageOps.exif_transpose(image)
     except (ArithmeticError, AttributeError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error):
         return image.copy()
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits scaled to 8, where PIL would cut it off at 255; anything else as it is."""
+    if image.mode.startswith("I;16"):
+        return image.point(lambda value: value * (1 / 257)).convert("L")
+    return image
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -63,10 +70,7 @@ def open_picture(path: Path) -> Image.Image:
             if width * height > MAX_PIXELS:
                 raise ImageError(f"{path} must have at most {MAX_PIXELS:,} pixels, got {width}x{height}; shrink it")
             image.load()
-            upright = _upright(image)
-            if upright.mode.startswith("I;16"):  # PIL cuts 16 bits off at 255 instead of scaling them
-                return upright.point(lambda value: value * (1 / 257)).convert("L")
-            return upright
+            return eight_bits(upright(image))
     except (FileNotFoundError, IsADirectoryError):
         raise ImageError(f"no picture at {path}") from None
     except Image.DecompressionBombError:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from mars import cli, pipeline
 from mars.cli import data, drawing
 from mars.data import scenes
-from mars.data.shards import read_codes, read_pictures
+from mars.data.shards import read_codes, read_pictures, write_pictures
 from mars.pipeline import MarsPipeline
 
 Run = Callable[..., tuple[int, str, str]]
@@ -411,6 +412,43 @@ def test_scenes_become_pictures_and_then_codes(run: Run, model: Path) -> None:
         run("data", "encode", "s.tar", "--image-tokenizer", "none", "--out", "n.parquet"), "image_tokenizer", code=1
     )
     assert here() == ["s.parquet", "s.tar"]
+
+
+def test_one_file_may_hold_several_sizes(run: Run, model: Path, tiny_pictures: Path) -> None:
+    sizes = ("--size", 16, "--size", 32, "--crop", "none")
+    code, out, _ = run("data", "encode", tiny_pictures, "--image-tokenizer", model, "--out", "s.parquet", *sizes)
+    assert (code, out) == (0, "s.parquet: 32 pictures\n")
+    assert {item.codes.shape for item in read_codes(Path("s.parquet"))[0]} == {(1, 1), (2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--out", "codes", "--engine", "spark"), "engine must be local or ray, got spark"),
+        (("--out", "codes", "--size", 100), "size must be a multiple of 16, got 100; near are 96 and 112"),
+        (("--out", "codes", "--size", 32, "--crop", "left"), "crop must be center, random, none"),
+        (("--out", "codes", "--aspect-buckets"), "give --size"),
+        (("--out", "codes.parquet", "--workers", 2), "one file is written by one process"),
+    ],
+)
+def test_what_cannot_be_encoded_so_is_one_line(
+    run: Run, model: Path, tiny_pictures: Path, options: tuple[object, ...], message: str
+) -> None:
+    one_line(run("data", "encode", tiny_pictures, "--image-tokenizer", model, *options), message, code=2)
+    assert here() == []
+
+
+@pytest.mark.slow
+def test_a_set_is_encoded_into_a_folder_and_what_is_damaged_listed(run: Run, model: Path, tiny_pictures: Path) -> None:
+    pictures = list(read_pictures(tiny_pictures))
+    pictures[3] = replace(pictures[3], content=pictures[3].content[:50])
+    write_pictures(Path("in.tar"), pictures)
+    arguments = ("data", "encode", "in.tar", "--image-tokenizer", model, "--out", "codes", "--size", 32)
+    for _ in range(2):  # the second finds everything done
+        code, out, _ = run(*arguments)
+        assert (code, out) == (0, "codes: 31 pictures\n  refused: 1, listed in codes/quarantine.jsonl\n")
+    assert len(read_codes(Path("codes/32/in.parquet"))[0]) == 31
+    one_line(run(*arguments, "--crop", "random"), "codes was made with crop", code=1)
 
 
 def test_encoding_moves_a_bar(run: Run, model: Path, tiny_pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,7 @@ def test_a_tokenizer_moves_a_bar_on_a_terminal(tmp_path: Path, tiny_pictures: Pa
         "tokenizer": {"num_codes": 16, "code_width": 8, "channels": [32], "patch": 16, "blocks_per_level": 1},
     }  # fmt: skip
     (tmp_path / "a.toml").write_text(toml(table), "utf-8")
-    moved: list[tuple[int, int]] = []
+    moved: list[tuple[int, int | None]] = []
 
     @contextmanager
     def bar(what: str) -> Iterator[Report]:
@@ -207,3 +207,37 @@ def test_a_second_signal_does_not_wait(train: Train, config: Path, monkeypatch: 
     monkeypatch.setattr(Trainer, "train_step", step)
     code, _ = train(config)
     assert code == 130  # as typer reports an interrupt
+
+
+def test_an_adapter_is_trained_drawn_with_and_refused_by_another_model(
+    train: Train,
+    run: Callable[..., tuple[int, str, str]],
+    stage: Callable[..., dict[str, Any]],
+    tiny_model: Path,
+    even_model: Path,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "lora.toml"
+    table = stage(stage="align", steps=4, sample_every=2, sample_prompts=["x"], lora={"rank": 2})
+    table["model"] = {"start_from": str(tiny_model)}
+    table["optimizer"] = {"learning_rate": 0.1, "warmup": 1}
+    path.write_text(toml(table), "utf-8")
+    code, err = train(path)
+    assert code == 0
+    adapter = tmp_path / "run" / "adapter"
+    assert err.splitlines()[-1] == f"the adapter is in {adapter}"
+    assert (tmp_path / "run" / "samples" / "latest.png").is_file()
+    draw = ("generate", "x", "--seed", 1, "--model")
+    files = {}
+    for name, options in {
+        "plain": (),
+        "adapted": ("--lora", adapter),
+        "off": ("--lora", adapter, "--lora-scale", 0),
+    }.items():
+        assert run(*draw, tiny_model, "--out", f"{name}.png", *options)[0] == 0
+        files[name] = Image.open(f"{name}.png").convert("RGB").tobytes()
+    assert files["plain"] == files["off"] != files["adapted"]
+    code, out, err = run(*draw, even_model, "--lora", adapter)
+    assert (code, out) == (1, "")
+    assert "was trained on the visual expert" in err
+    assert err.count("\n") == 1

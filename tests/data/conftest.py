@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,12 @@ def captions(number: int) -> dict[str, str]:
     }
 
 
+@cache
+def _huge() -> bytes:
+    """A sound picture of a few kilobytes and more pixels than anybody wants to decode."""
+    return encoded(Image.new("1", (8_100, 8_000)), compress_level=1)
+
+
 def _spoil_bytes(number: int) -> dict[str, tuple[bytes, str]]:
     """Files that are refused for what is in them: suffix and kind of damage, to bytes and a word of the reason."""
     whole = {
@@ -100,10 +107,20 @@ def _spoil_bytes(number: int) -> dict[str, tuple[bytes, str]]:
         "noise.webp": (noise, "not a picture"),
         "vector.png": (b'<svg xmlns="http://www.w3.org/2000/svg" width="64" height="64"/>', "not a picture"),
         "bomb.png": (png_that_claims(20_000 + number, 20_000), "too many pixels"),
-        "huge.png": (encoded(Image.new("1", (8_100 + number, 8_000))), "too many pixels"),
+        "huge.png": (_huge(), "too many pixels"),
         "tiny.png": (encoded(art(number, size=small)), "too small"),
         "tiny.gif": (encoded(art(number, size=small[::-1]), "GIF"), "too small"),
     }
+
+
+@pytest.fixture(scope="session")
+def picture_file() -> Callable[..., bytes]:
+    """The bytes of a small picture: its number, the format as PIL calls it, and options of `save`."""
+
+    def file(number: int, kind: str = "PNG", **options: object) -> bytes:
+        return encoded(art(number), kind, **options)
+
+    return file
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +147,7 @@ def spoil() -> Callable[[Path], SpoiledFolder]:
                 stem, suffix = damage.split(".")
                 made.refused[put(f"c/{stem}-{suffix}-{number}.{suffix}", content, captions(number))] = word
             name = put(f"c/letters-{number}.png", encoded(art(2000 + number)), {})
-            (folder / name).with_suffix(".json").write_bytes('{"text_zh": "一只猫"}'.encode("gb18030"))
+            (folder / name).with_suffix(".json").write_bytes('{"text_zh": "一只黑色的猫坐在窗边"}'.encode("gb18030"))
             made.refused[name] = "UTF-8"
             (folder / "c" / f"alone-{number}.json").write_text("{}")
             made.refused[f"c/alone-{number}.json"] = "no picture"

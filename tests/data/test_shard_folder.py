@@ -1,11 +1,16 @@
 import errno
 import fcntl
+import gc
+import importlib.util
 import json
 import os
 import resource
+import subprocess
+import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,7 @@ import numpy as np
 import pytest
 
 from mars.data.shard_folder import ShardFolder
-from mars.data.shards import Caption, Picture, Record, read_pictures, shard_paths
+from mars.data.shards import Caption, Picture, Record, Suffix, read_pictures, shard_paths
 from mars.errors import DataError
 
 COUNT = 23
@@ -23,7 +28,7 @@ SETTINGS = {"source": "somewhere", "colours": [1, 2]}
 def picture(index: int) -> Picture:
     record = Record(
         key=f"k{index}", concept="c", style="s", split="train", source="t", licence="CC0-1.0", width=32, height=16,
-        captions=(Caption(text=f"第 {index} 幅", language="zh", kind="original"),), scores={"beauty": index / 7},
+        captions=(Caption(text=f"第 {index} 幅", language="zh", kind="original"),), scores={"beauty": index / 8},
         url=f"https://pictures.example/{index}",
     )  # fmt: skip
     content = np.random.default_rng(index).bytes(200 + 37 * index)
@@ -75,7 +80,7 @@ def test_pictures_come_back_as_they_were_added(whole: Path) -> None:
 
 def test_a_run_that_is_stopped_anywhere_makes_the_same_bytes(whole: Path, tmp_path: Path) -> None:
     wanted = contents(whole)
-    for stop in range(COUNT):
+    for stop in range(0, COUNT, 2):
         out = tmp_path / f"stopped-{stop}"
         write(out, stop_at=stop)
         with pytest.raises(DataError, match="is not finished; run the command"):
@@ -119,6 +124,63 @@ def test_a_run_that_dies_at_any_moment_makes_the_same_bytes(
         assert contents(tmp_path / f"{calls}") == contents(whole), calls
         calls += 3  # of five in a shard, so that every one of them is tried
     assert calls > 5 * len(list(whole.glob("*.tar")))
+
+
+@pytest.fixture
+def mixed(tmp_path: Path, picture_file: Callable[..., bytes]) -> Path:
+    """Real pictures of all three kinds; the first ones have no caption, score or URL."""
+    kinds: tuple[tuple[str, Suffix], ...] = (("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp"))
+    with ShardFolder(tmp_path / "mixed", settings={}, max_pictures=8) as folder:
+        for index in range(24):
+            kind, suffix = kinds[index // 8 if index < 16 else index % 3]
+            record = picture(index).record
+            if index < 8:
+                record = replace(record, captions=(), scores={}, url=None)
+            folder.add(Picture(record=record, content=picture_file(index, kind), suffix=suffix), consumed=index)
+        folder.finish()
+    return tmp_path / "mixed"
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # its own
+def test_webdataset_reads_the_shards(mixed: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    urls = [str(path) for path in shard_paths(mixed)]
+    found = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
+    assert [sample["__key__"] for sample in found] == [f"k{index}" for index in range(24)]
+    for sample, wanted in zip(found, read_pictures(mixed), strict=True):
+        assert sample["json"] == json.loads(json.dumps(asdict(wanted.record)))
+        np.testing.assert_array_equal(np.asarray(sample[wanted.suffix]), wanted.pixels())
+    gc.collect()
+
+
+def test_datasets_reads_the_folder(mixed: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    found = datasets.load_dataset(str(mixed), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(found) == 24
+    for sample, wanted in zip(found, read_pictures(mixed), strict=True):
+        assert sample["__key__"] == wanted.record.key
+        assert sample["json"] == json.loads(json.dumps(asdict(wanted.record)))
+        np.testing.assert_array_equal(np.asarray(sample[wanted.suffix]), wanted.pixels())
+
+
+@pytest.mark.slow
+def test_ray_reads_the_shards(mixed: Path) -> None:
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("ray is not installed")
+    code = (
+        "import json, sys, ray\n"
+        "ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
+        "rows = ray.data.read_webdataset(sys.argv[1:], decoder=None).take_all()\n"
+        "print(json.dumps({row['__key__']: [json.loads(row['json']), "
+        "*(len(row[kind]) for kind in ('png', 'jpg', 'webp') if isinstance(row.get(kind), bytes))] for row in rows}))\n"
+    )
+    paths = [str(path) for path in shard_paths(mixed)]
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        one.record.key: [json.loads(json.dumps(asdict(one.record))), len(one.content)] for one in read_pictures(mixed)
+    }
 
 
 def test_a_finished_folder_is_left_as_it_is(whole: Path) -> None:

@@ -28,7 +28,10 @@ from mars.model.costs import (
 )
 from mars.model.quantized import QuantizedLinear
 from mars.model.transformer import MarsTransformer, read_prefixes
-from mars.sequence.layout import drawn_image
+from mars.sequence.interleaved import ImagePart, Part, TextPart, interleaved
+from mars.sequence.layout import Modality, drawn_image
+from mars.training.cross_entropy import token_loss
+from mars.training.interleaved import interleaved_states
 from mars.training.losses import captioning_loss, text_to_image_loss
 from mars.training.upscale import upscale_loss
 
@@ -196,6 +199,31 @@ def test_upscaling_costs_what_pytorch_counts(build: Build, options: dict[str, An
         upscale(real, [asked], scale=2, side=side)
     count = FlopCount(meta_transformer(real.config))
     assert counter.get_total_flops() == count.draw(prompt=5, codes=16, guided=guidance != 1, low=5, block=side**2)
+
+
+Parts = list[tuple[Modality, int, int]]
+TEXT, IMAGE = Modality.TEXT, Modality.IMAGE
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_document_costs_hardly_less_than_is_said(build: Build, options: dict[str, Any]) -> None:
+    real = build(**options)
+    image, text = ImagePart(codes_RC=torch.randint(13, (3, 4))), TextPart(ids=(4, 5, 6))
+    source, instruction = replace(image, role="source"), replace(text, learned=False)
+    documents: list[tuple[list[Part], Parts, float]] = [
+        ([text, image], [(TEXT, 3, 0), (IMAGE, 12, 12)], 1.0),
+        ([replace(image, role="read"), text], [(IMAGE, 13, 0), (TEXT, 4, 4)], 1.0),
+        ([source, instruction, image], [(IMAGE, 13, 0), (TEXT, 4, 0), (IMAGE, 12, 12)], 0.75),
+        ([text, image, text, image], [(TEXT, 3, 0), (IMAGE, 13, 12), (TEXT, 4, 3), (IMAGE, 12, 12)], 0.75),
+    ]
+    for document, parts, least in documents:
+        with counted() as counter:
+            states = interleaved_states(real, interleaved([document], real.vocabulary, end=2))
+            tables = {"image": real.visual_table, "text": real.text_table}
+            found = [(states[kind], table) for kind, table in tables.items() if kind in states]
+            torch.stack([token_loss(one.states_ND, table, one.targets_N).loss for one, table in found]).sum().backward()
+        said = FlopCount(meta_transformer(real.config)).train_document(parts)
+        assert least * said <= counter.get_total_flops() <= said
 
 
 def test_longer_prompts_and_more_codes_cost_more(build: Build) -> None:

@@ -9,7 +9,15 @@ from torch import nn
 
 from mars.errors import ModelError
 from mars.model.kernel import find_kernel
-from mars.model.quantized import KERNEL_ROWS, Bits, QuantizedLinear, dequantize, quantize, quantize_linears
+from mars.model.quantized import (
+    KERNEL_ROWS,
+    Bits,
+    QuantizedLinear,
+    dequantize,
+    quantize,
+    quantize_linears,
+    quantize_slowly,
+)
 
 BITS: tuple[Bits, ...] = (4, 8)
 
@@ -40,6 +48,19 @@ def test_weights_that_are_on_the_grid_are_exact(bits: Bits) -> None:
     codes[..., 0] = -zero if bits == 4 else -zero + 1
     weight = (codes * (2.0 ** torch.randint(-6, 3, (32, 4, 1)))).view(32, 128)
     assert torch.equal(dequantize(*quantize(weight, bits=bits), bits=bits), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", BITS)
+def test_the_kernel_rounds_as_pytorch_does(bits: Bits, dtype: torch.dtype) -> None:
+    weight = torch.randn(37, 96) * torch.logspace(-9, 3, 37)[:, None]
+    weight[5], weight[6, 32:40], weight[7, 3] = 0, 0, weight[7].abs().max()
+    weight[8, :32] = torch.arange(32) - 16.0  # ties, and the largest value in the middle
+    weight = weight.to(dtype)
+    for one, other in zip(quantize(weight, bits=bits), quantize_slowly(weight, bits=bits), strict=True):
+        assert torch.equal(one, other)
+    turned = weight[:32].T.contiguous().T  # a view whose rows do not lie in a row
+    assert torch.equal(quantize(turned, bits=bits)[0], quantize_slowly(turned, bits=bits)[0])
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -49,7 +49,7 @@ def by_hand(layer: SemVIELayer, xs: list[Tensor], modalities: list[Modality]) ->
             rows = flat.view(-1, 8)
             return torch.stack([rms(row, getattr(norms, norm).weight) for row in rows]) if norm else rows
 
-        normed = layer.qk_norm
+        normed = hasattr(language, "q_norm")
         queries.append(torch.stack([turn(row, at) for row in heads("q_proj", "q_norm" if normed else None)]))
         keys.append(torch.stack([turn(row, at) for row in heads("k_proj", "k_norm" if normed else None)]))
         values.append(heads("v_proj", None))

@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import mars
-from mars.checkpoint import save_tensors
+from mars.adapter import save_adapter, visual_digest
+from mars.checkpoint import load_model, save_tensors
 from mars.errors import (
     CheckpointError,
     ConfigError,
@@ -27,6 +28,7 @@ from mars.errors import (
 from mars.generation.sampling import Sampling
 from mars.model.base_llm import open_base_llm
 from mars.model.language_tensors import tensors_digest
+from mars.model.lora import LoraConfig, adapter_of, add_lora, lora_tensors
 from mars.model.precision import Precision
 from mars.pipeline import MAX_IMAGES, MarsPipeline
 
@@ -338,3 +340,45 @@ def test_a_revision_of_a_folder_is_one_line(tiny_model: Path) -> None:
     for source in (tiny_model, "nowhere", None):
         with pytest.raises((RequestError, ModelError), match="a revision is for a model on the hub|no model comes"):
             MarsPipeline.from_pretrained(source, revision="v1")
+
+
+@pytest.fixture
+def adapter(tiny_model: Path, tmp_path: Path) -> Path:
+    """An adapter of the tiny model that shows in its pictures."""
+    transformer, config = load_model(tiny_model).transformer, LoraConfig(rank=2)
+    digest = visual_digest(transformer.visual_tensors())
+    add_lora(transformer, config, generator=torch.Generator().manual_seed(0))
+    weights = {name: torch.randn(weight.shape) for name, weight in lora_tensors(transformer).items()}
+    (tmp_path / "style").mkdir()
+    save_adapter(tmp_path / "style", adapter_of(weights, config, base_digest=digest), config, base="tiny")
+    return tmp_path / "style"
+
+
+def test_an_adapter_draws_other_pictures_and_they_name_it(
+    pipe: MarsPipeline, tiny_model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    plain = pipe("a red apple", seed=1)
+    opened = MarsPipeline.from_pretrained(tiny_model, lora=adapter, lora_scale=0.8)
+    drawn = opened("a red apple", seed=1)
+    assert not torch.equal(drawn.codes, plain.codes)
+    assert drawn.images[0].info["lora"] == opened.describe()["adapter"] == "style x 0.8"
+    assert drawn.images[0].info["model_digest"] != plain.images[0].info["model_digest"]
+    assert "lora" not in plain.images[0].info
+    later = MarsPipeline.from_pretrained(tiny_model)
+    later.load_lora(adapter, scale=0.8)
+    assert torch.equal(later("a red apple", seed=1).codes, drawn.codes)
+    later.save_pretrained(tmp_path / "merged")
+    merged = MarsPipeline.from_pretrained(tmp_path / "merged")("a red apple", seed=1, sampling=Sampling(temperature=0))
+    assert torch.equal(merged.codes, later("a red apple", seed=1, sampling=Sampling(temperature=0)).codes)
+
+
+def test_chat_does_not_hear_of_an_adapter(pipe: MarsPipeline, tiny_model: Path, adapter: Path) -> None:
+    adapted = MarsPipeline.from_pretrained(tiny_model, lora=adapter)
+    assert adapted.chat("hello", max_tokens=8) == pipe.chat("hello", max_tokens=8)
+
+
+def test_an_adapter_that_cannot_be_used_is_one_line(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no LoRA adapter at"):
+        MarsPipeline.from_pretrained(tiny_model, lora=tmp_path)
+    with pytest.raises(RequestError, match="lora_scale must be a finite number"):
+        MarsPipeline.from_pretrained(tiny_model, lora=adapter, lora_scale=float("inf"))

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mars.model.config import LanguageConfig, ModelConfig
 from mars.model.language_tensors import language_shapes
@@ -73,6 +74,16 @@ def test_a_store_reads_ahead_what_fits_and_only_when_it_reads_at_all(transformer
     assert small.held == store_bytes(small) <= small.limit
 
 
+def test_long_captions_of_many_lengths_are_not_read_beside_mostly_filler(build_tiny: Callable[..., Any]) -> None:
+    transformer = build_tiny()
+    rows = [[1 + row] * (60 + 2 * row) for row in range(16)]
+    with FlopCounterMode(display=False) as apart:
+        read_prefixes(transformer, rows)
+    with FlopCounterMode(display=False) as stored:
+        PrefixStore(transformer, gib=1).get(rows)
+    assert stored.get_total_flops() < 5 * apart.get_total_flops()
+
+
 def test_a_caption_leaves_the_same_prefix_whatever_is_read_beside_it() -> None:
     shapes = LanguageConfig(
         vocab_size=60, width=576, num_layers=2, num_heads=9, num_kv_heads=3, head_width=64, ffn=1536, rope_theta=1e4,
@@ -80,8 +91,33 @@ def test_a_caption_leaves_the_same_prefix_whatever_is_read_beside_it() -> None:
     )  # fmt: skip
     weights = {name: torch.randn(shape) * shape[-1] ** -0.5 for name, shape in language_shapes(shapes).items()}
     transformer = build_transformer(ModelConfig(language=shapes, num_codes=8), weights)
-    rows = [[1] + [10 + row] * (3 + row) for row in range(16)]
+    rows = [[1] + [10 + row] * (3 + row) for row in range(16)] + [[1] + [row] * 59 for row in range(9)]
     fresh, resumed = PrefixStore(transformer, gib=1), PrefixStore(transformer, gib=1)
     together = fresh.get(rows)
     for row, wanted in zip(rows, together, strict=True):
         assert torch.equal(resumed.get([row])[0].keys, wanted.keys)
+
+
+def test_processes_that_share_weights_read_equally_often(
+    transformer: MarsTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And they agree before they read: each read needs all of them."""
+    events: list[int | str] = []
+    forward = transformer.forward
+
+    def noted(*arguments: Any) -> Tensor:
+        events.append("read")
+        return forward(*arguments)
+
+    monkeypatch.setattr(transformer, "forward", noted)
+
+    def most(own: int) -> int:
+        events.append(own)
+        return 3
+
+    store = PrefixStore(transformer, gib=1, most=most)
+    store.get(ROWS)
+    assert events == [1, "read", "read", "read"]
+    events.clear()
+    store.get(ROWS)
+    assert events == [0, "read", "read", "read"]

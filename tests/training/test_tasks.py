@@ -10,7 +10,8 @@ from mars.config import from_dict
 from mars.training.process import Process
 from mars.training.setup import open_stage
 from mars.training.stages import StageConfig
-from mars.training.tasks import CYCLE, Captioning, Drawing, Reading, TaskContext, TaskMix, TextToImage
+from mars.training.task import TaskContext
+from mars.training.tasks import CYCLE, Captioning, Drawing, Reading, TaskMix, TextToImage
 
 Stage = Callable[..., dict[str, Any]]
 

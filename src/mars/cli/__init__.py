@@ -19,6 +19,8 @@ from mars.cli.options import (
     Debug,
     Guidance,
     Json,
+    Lora,
+    LoraScale,
     Model,
     Precision,
     Temperature,
@@ -102,6 +104,8 @@ def generate(
     negative: Annotated[str, typer.Option(help="What guidance moves away from.")] = "",
     upscale: Annotated[bool, typer.Option("--upscale", help="Draw each picture again in more detail.")] = False,
     model: Model = None,
+    lora: Lora = None,
+    lora_scale: LoraScale = 1.0,
     precision: Precision = "fp32",
     as_json: Json = False,
     debug: Debug = False,
@@ -112,7 +116,7 @@ def generate(
     prompts = _prompts(prompt)
     sampling = sampling_of(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, candidates=candidates)
     files = targets(out, n * len(prompts))
-    pipe = open_pipeline(model, precision=precision)
+    pipe = open_pipeline(model, precision=precision, lora=lora, lora_scale=lora_scale)
     pictures: list[dict[str, Any]] = []
     seconds: dict[str, float] = {}
     with bar("drawing") as progress:

@@ -19,6 +19,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 
 Precision = Annotated[str, typer.Option(help="Of the weights in memory: fp32, int8 or int4.")]
 
+Lora = Annotated[Path | None, typer.Option(help="A folder with a LoRA adapter, from `mars train` or peft.")]
+LoraScale = Annotated[float, typer.Option(help="How strongly the adapter counts; 1 as it was trained.")]
+
 Guidance = Annotated[float | None, typer.Option(help="How closely to follow the prompt; 1 is no guidance.")]
 Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest code.")]
 TopK = Annotated[int | None, typer.Option(help="Choose among this many codes; 0 is all.")]
@@ -31,14 +34,23 @@ def say(message: str) -> None:
     print(message, file=sys.stderr)  # noqa: T201
 
 
-def open_pipeline(model: str | None, *, precision: str = "fp32") -> "MarsPipeline":
-    """The pipeline of a model's folder or hub id (`owner/name`, or `owner/name@revision`)."""
+def open_pipeline(
+    model: str | None, *, precision: str = "fp32", lora: Path | None = None, lora_scale: float = 1.0
+) -> "MarsPipeline":
+    """The pipeline of a model's folder or hub id (`owner/name`, or `owner/name@revision`), with an adapter if named."""
     from mars.pipeline import MarsPipeline
 
     source, _, revision = (model or "").partition("@")
     if model is not None and Path(model).exists():
         source, revision = model, ""
-    return MarsPipeline.from_pretrained(source or None, revision=revision or None, precision=precision, notify=say)  # type: ignore[arg-type]
+    return MarsPipeline.from_pretrained(
+        source or None,
+        revision=revision or None,
+        precision=precision,  # type: ignore[arg-type]
+        lora=lora,
+        lora_scale=lora_scale,
+        notify=say,
+    )
 
 
 def sampling_of(

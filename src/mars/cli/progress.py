@@ -4,8 +4,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-Report = Callable[[int, int], None]
-"""Called with how much is done and how much there is."""
+Report = Callable[[int, int | None], None]
+"""Called with how much is done and how much there is, where that is known."""
 Bar = Callable[[str], AbstractContextManager[Report | None]]
 
 
@@ -16,9 +16,9 @@ def bar(what: str) -> Iterator[Report | None]:
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(
         *columns,
         TimeRemainingColumn(),

@@ -1,21 +1,26 @@
 """Starts a training run from a configuration file: progress on the terminal, sample grids, a clean stop."""
 
+import os
 import signal
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mars.adapter import load_adapted
 from mars.checkpoint import load_model
 from mars.cli.progress import Bar
 from mars.config import load_config
 from mars.errors import ConfigError
 from mars.pipeline import MarsPipeline
+from mars.training.distributed import join
+from mars.training.process import Process, choose_device
 from mars.training.stages import StageConfig
 from mars.training.tokenizer_trainer import TokenizerTrainer, TokenizerTrainingConfig
 from mars.training.trainer import Trainer
@@ -32,38 +37,58 @@ def start_training(config: Path, overrides: Sequence[str], *, say: Callable[[str
     except (OSError, ValueError):
         stage = None  # load_config says what is wrong
     if stage == "tokenizer":
-        tokenizer_config = load_config(TokenizerTrainingConfig, config, overrides)
-        tokenizer_trainer = TokenizerTrainer(tokenizer_config)
-        with bar("training") as progress:
-            report = tokenizer_trainer.train(say, progress=progress)
-        say("  ".join(f"{name} {value:.3f}" for name, value in report.items()))
+        _train_tokenizer(load_config(TokenizerTrainingConfig, config, overrides), say=say, bar=bar)
         return
     stage_config = load_config(StageConfig, config, overrides)
-    trainer = Trainer(stage_config, notify=say)
-    if trainer.step >= stage_config.steps:
+    with join(choose_device(stage_config.device)) as process:
+        stopped = _train_stage(stage_config, process, say=say if process.is_main else lambda _: None)
+    if stopped:
+        sys.exit(128 + stopped)  # as a shell reports a program that a signal has ended
+
+
+def _train_tokenizer(config: TokenizerTrainingConfig, *, say: Callable[[str], None], bar: Bar) -> None:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("an image tokenizer is trained by one process; start it without torchrun")
+    trainer = TokenizerTrainer(config)
+    with bar("training") as progress:
+        report = trainer.train(say, progress=progress)
+    say("  ".join(f"{name} {value:.3f}" for name, value in report.items()))
+
+
+def _train_stage(config: StageConfig, process: Process, *, say: Callable[[str], None]) -> int:
+    """Trains until the end or a signal; returns the signal's number, or 0."""
+    trainer = Trainer(config, process=process, notify=say)
+    if trainer.step >= config.steps:
         raise ConfigError(
-            f"{stage_config.out} has already been trained for {trainer.step} steps; ask for more with --set steps=N, "
+            f"{config.out} has already been trained for {trainer.step} steps; ask for more with --set steps=N, "
             "or for a new run with --set out=DIR"
         )
-    say(f"continuing {stage_config.out} at step {trainer.step}" if trainer.step else stage_config.describe())
-    with _signals(say) as caught, _Display(stage_config.steps, say=say) as display:
-        done = trainer.train(report=display, sampler=draw_samples, stopping=lambda: bool(caught))
+    say(f"continuing {config.out} at step {trainer.step}" if trainer.step else config.describe())
+    shown = process.is_main and sys.stderr.isatty()
+    sampler = partial(draw_samples, base=None if config.lora is None else config.model.start_from)
+    with _signals(say, alone=process.world == 1) as caught, _Display(config.steps, say=say, shown=shown) as display:
+        done = trainer.train(report=display, sampler=sampler, stopping=lambda: bool(caught))
     if not done:
         say(f"stopped at step {trainer.step}, which is saved; run the same command again to continue")
-        sys.exit(128 + caught[0])  # as a shell reports a program that a signal has ended
-    say(f"the model is in {stage_config.out / 'model'}")
+        return caught[0] if caught else signal.SIGTERM
+    say(f"the {trainer.product.name} is in {config.out / trainer.product.name}")
+    return 0
 
 
 @contextmanager
-def _signals(say: Callable[[str], None]) -> Iterator[list[int]]:
-    """The numbers of SIGTERM and SIGINT as they come; the second one ends the program at once."""
+def _signals(say: Callable[[str], None], *, alone: bool) -> Iterator[list[int]]:
+    """The numbers of SIGTERM and SIGINT as they come; the second ends a program that is `alone` at once.
+
+    One of several processes may be told twice of one stop, by a cluster and by torchrun, which kills it at last.
+    """
     caught: list[int] = []
 
     def note(number: int, _frame: object) -> None:
-        if caught:
+        if caught and alone:
             raise KeyboardInterrupt
+        if not caught:
+            say("this step is finished and saved" + ("; again to stop at once, without saving" if alone else ""))
         caught.append(number)
-        say("this step is finished and saved; again to stop at once, without saving")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -76,13 +101,11 @@ def _signals(say: Callable[[str], None]) -> Iterator[list[int]]:
 class _Display:
     """A progress bar with speed and time left on a terminal, plain lines elsewhere."""
 
-    def __init__(self, steps: int, *, say: Callable[[str], None]) -> None:
+    def __init__(self, steps: int, *, say: Callable[[str], None], shown: bool) -> None:
         self.steps = steps
         self.say = say
         columns = (BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(), TimeRemainingColumn())
-        self.bar = Progress(
-            *columns, TextColumn("{task.description}"), console=Console(stderr=True), disable=not sys.stderr.isatty()
-        )
+        self.bar = Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True), disable=not shown)
         self.task = self.bar.add_task("", total=steps)
 
     def __enter__(self) -> "_Display":
@@ -102,9 +125,13 @@ class _Display:
             self.say(f"step {step}/{self.steps}  {text}")
 
 
-def draw_samples(folder: Path, prompts: Sequence[str]) -> Image.Image:
-    """A row of pictures, one per prompt, drawn by the model in a folder; the seed is 0."""
-    drawn = MarsPipeline(load_model(folder))(list(prompts), seed=0)
+def draw_samples(folder: Path, prompts: Sequence[str], *, base: Path | None = None) -> Image.Image:
+    """A row of pictures, one per prompt, drawn (and upscaled) by a folder's model, or by `base` with the folder's
+    adapter; the seed is 0."""
+    pipe = MarsPipeline(load_model(folder) if base is None else load_adapted(base, folder))
+    drawn = pipe(list(prompts), seed=0)
+    if pipe.model.info.upscale is not None:
+        drawn = pipe.upscale(drawn)
     width, height = drawn.images[0].size
     sheet = Image.new("RGB", (width * len(prompts), height + 16), "white")
     for index, (image, prompt) in enumerate(zip(drawn.images, prompts, strict=True)):

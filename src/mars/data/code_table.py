@@ -6,6 +6,7 @@ four captions of 60 bytes are about 0.8 GB. Captions that are never chosen are n
 Letters: N pictures, R rows, C columns.
 """
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mars.data.shards import Caption
+from mars.data.shards import INDEX, Caption
 from mars.errors import DataError
 
 Grid = tuple[int, int]
@@ -59,10 +60,14 @@ def shard_files(paths: Sequence[Path]) -> list[Path]:
     """Code shards: files as they are, and every Parquet file below a folder, by name.
 
     Raises:
-        DataError: if nothing is there.
+        DataError: if nothing is there, or the folder of `mars data encode` is not finished.
     """
     files: list[Path] = []
     for path in paths:
+        for folder in (path, path.parent):  # of all sizes, or of one
+            index = folder / INDEX
+            if index.is_file() and not json.loads(index.read_text("utf-8")).get("finished"):
+                raise DataError(f"{folder} is not finished; run `mars data encode` again, and it continues")
         found = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
         found = [one for one in found if not one.name.startswith(".")]
         if not found or not found[0].is_file():

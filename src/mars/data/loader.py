@@ -145,7 +145,7 @@ class _Sequence:
         self._seed = seed
         self._tag = tag
         self._orders: dict[int, npt.NDArray[np.int64]] = {}
-        self._window: tuple[tuple[int, int], npt.NDArray[np.int64]] | None = None
+        self._window: tuple[tuple[int, int], list[list[int]]] | None = None
 
     def _picture(self, index: int) -> int:
         epoch, place = divmod(index, len(self.table))
@@ -167,7 +167,7 @@ class _Sequence:
         low = None if self.table.low is None else torch.from_numpy(self.table.low[picture].astype(np.int64))
         return Sample(codes=codes, caption=self._caption(index), low=low)
 
-    def by_length(self, first: int, size: int, length: Length) -> npt.NDArray[np.int64]:
+    def by_length(self, first: int, size: int, length: Length) -> list[int]:
         """Numbers of the `size` samples of the batch that begins at `first`, when windows are sorted by length."""
         number, rest = divmod(first, size)
         assert not rest, "batches by length have one size"
@@ -177,5 +177,5 @@ class _Sequence:
             lengths = [length(self._caption(int(index))) for index in indices]
             batches = indices[np.argsort(lengths, kind="stable")].reshape(WINDOW, size)
             generator = np.random.default_rng((self._seed, 3, window, *self._tag))
-            self._window = (window, size), generator.permutation(batches)
+            self._window = (window, size), generator.permutation(batches).tolist()
         return self._window[1][place]

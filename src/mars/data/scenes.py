@@ -84,7 +84,7 @@ COLOURS = {
     "gray": (140, 140, 140),
 }
 """The exact RGB of every colour word."""
-_CHINESE_COLOURS = dict(zip(COLOURS, "红橙黄绿蓝紫粉棕黑灰", strict=True))
+CHINESE_COLOURS = dict(zip(COLOURS, "红橙黄绿蓝紫粉棕黑灰", strict=True))
 _CHINESE_SIZES = {"small": "小", "medium": "", "large": "大"}
 _CHINESE_SIDES = {"left": "左边", "right": "右边", "above": "上面", "below": "下面"}
 _ENGLISH_NUMBERS = ("", "one", "two", "three", "four")
@@ -169,7 +169,7 @@ def _english_article(name: str) -> str:
 
 def _chinese_name(item: SceneObject) -> str:
     size = _CHINESE_SIZES[item.size]
-    return f"{size and size + '的'}{_CHINESE_COLOURS[item.colour]}色{SHAPES[item.shape].chinese}"
+    return f"{size and size + '的'}{CHINESE_COLOURS[item.colour]}色{SHAPES[item.shape].chinese}"
 
 
 def _chinese_counted(item: SceneObject) -> str:
@@ -210,7 +210,7 @@ def _chinese_captions(scene: Scene) -> tuple[str, str]:
     """The phrasing that is trained on, and the one that is not."""
     first = scene.objects[0]
     words = SHAPES[first.shape]
-    colour, size = _CHINESE_COLOURS[first.colour] + "色", _CHINESE_SIZES[first.size]
+    colour, size = CHINESE_COLOURS[first.colour] + "色", _CHINESE_SIZES[first.size]
     number = len(scene.objects)
     match scene.kind:
         case "single":

@@ -198,7 +198,7 @@ class ShardFolder:
             file.truncate(size)
 
     def _refuse_other(self, settings: Mapping[str, Any]) -> None:
-        for name in sorted(settings.keys() | self.settings.keys()):
+        for name in {**self.settings, **settings}:
             there, here = settings.get(name), self.settings.get(name)
             if there != here:
                 raise DataError(

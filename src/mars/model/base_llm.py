@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from mars.config import from_dict
 from mars.errors import ConfigError, ModelError
-from mars.files import cache_folder
+from mars.files import cache_folder, remembered
 from mars.hub import hub_folder, is_hub_id
 from mars.memory import check_memory
 from mars.model.config import LanguageConfig
@@ -70,7 +70,10 @@ class BaseLLM:
     tokenizer_config: dict[str, Any]
     """`bos_token_id`, `eos_token_id` (int or None) and `chat_template` (str or None)."""
     known_digest: str | None = None
-    """The digest, where a cache remembers it."""
+    """The digest, where the conversion of a GGUF file noted it."""
+    files: tuple[Path, ...] = ()
+    """What the weights were read from, as they are in the file: their digest is remembered in `cache`."""
+    cache: Path | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -80,6 +83,11 @@ class BaseLLM:
         """
         if self.known_digest is not None:
             return self.known_digest
+        if self.cache is None or not self.files:
+            return self._digest()
+        return remembered(self.files, self._digest, cache=self.cache, what="digest of the LLM")
+
+    def _digest(self) -> str:
         digest = Digest()
         for name in sorted(self.tensors):
             digest.add(name, self.tensors[name].float())
@@ -134,6 +142,8 @@ def open_base_llm(
         tensors=read_hub_tensors(path, config, layout=layout, dtype=dtype, check=check),
         tokenizer=tokenizer,
         tokenizer_config=tokenizer_config,
+        files=(path / "config.json", *sorted(path.glob("*.safetensors"))) if dtype in (None, torch.float32) else (),
+        cache=cache,
     )
 
 

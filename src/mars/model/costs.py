@@ -11,7 +11,7 @@ element-wise functions, embeddings and the sampling of codes are not counted.
 Letters: H query heads, E head width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -26,6 +26,7 @@ from mars.model.layers import Expert
 from mars.model.quantized import BLOCK
 from mars.model.semvie import SemVIELayer
 from mars.model.transformer import MarsTransformer, is_language
+from mars.sequence.layout import Modality
 
 
 def meta_transformer(config: ModelConfig) -> MarsTransformer:
@@ -212,6 +213,28 @@ class FlopCount:
         linear = text * (self.text_linear + self.text_head)
         attention = self.read_text(text, image=positions) - text * self.text_linear
         return self._train_image(positions, before=0, predicts=False) + 2 * linear + 3 * attention
+
+    def train_document(self, segments: Sequence[tuple[Modality, int, int]]) -> int:
+        """One training sample of texts and images in any order: at most so much, since of a text that predicts nothing
+        some products take no gradient.
+
+        Args:
+            segments: modality, positions, and how many of these predict a code or a text id.
+        """
+        flops = text = image = 0
+        for modality, positions, predicted in segments:
+            if modality is Modality.IMAGE:
+                flops += self._train_image(positions, before=text + image, predicts=predicted > 0)
+                flops -= 3 * (positions - predicted) * self.image_head if predicted else 0
+                image += positions
+                continue
+            linear = positions * self.text_linear
+            attention = self.read_text(positions, image=image) - linear + positions * self.pair * self.layers * text
+            flops += linear + attention  # the first is only read; gradients pass through the others
+            if image:
+                flops += linear + 2 * attention + 2 * predicted * self.text_head
+            text += positions
+        return flops
 
     def _train_image(self, positions: int, *, before: int, predicts: bool) -> int:
         """Image positions forward and backward. Those that predict nothing are heard through keys and values alone, so

@@ -1,4 +1,4 @@
-"""The C kernel behind `mars.model.quantized`: compiled once by the machine's own compiler, or done without."""
+"""The C kernel of `model.quantized` and `model.decoding`: compiled once by the machine's compiler, or done without."""
 
 import ctypes
 import hashlib
@@ -6,15 +6,56 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from mars.errors import ModelError
 from mars.files import cache_folder, whole_file
 
-_SOURCE = Path(__file__).with_name("quantized.c")
+_SOURCE = Path(__file__).with_name("decode.c")
+_PARTS = (_SOURCE, _SOURCE.with_name("quantized.c"))
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
 _SECONDS = 60
+
+KINDS = (torch.float32, torch.float16, torch.bfloat16)
+"""Of weights that the kernel can round."""
+
+
+class Weight(ctypes.Structure):
+    """Addresses of a weight's codes and scales; `outputs` with the filler of the last tile."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("outputs", ctypes.c_long),
+        ("inputs", ctypes.c_long),
+        ("bits", ctypes.c_long),
+    )
+
+
+class Layer(ctypes.Structure):
+    """Addresses of what a layer is made of, and of its columns in the cache; null where there is none."""
+
+    _fields_ = (
+        *((name, Weight) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, ctypes.c_void_p) for name in ("q_bias", "k_bias", "v_bias", "attention_norm", "ffn_norm")),
+        *((name, ctypes.c_void_p) for name in ("q_norm", "k_norm", "v_norm", "keys", "values")),
+    )
+
+
+class Step(ctypes.Structure):
+    """What all layers share in a step; see decode.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_long) for name in ("rows", "width", "heads", "kv_heads", "head_width", "size", "used")),
+        ("rotary", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
+        ("eps", ctypes.c_double),
+    )
 
 
 class Kernel:
@@ -23,13 +64,42 @@ class Kernel:
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
         pointer, size = ctypes.c_void_p, ctypes.c_long
-        self.linear = library.mars_quantized_linear
-        self.linear.argtypes = [pointer, size, size, pointer, pointer, pointer, size, ctypes.c_int]
-        self.linear.restype = ctypes.c_int
+        self._multiply = library.mars_multiply
+        self._multiply.argtypes = [pointer, size, size, pointer, pointer, size]
+        self._decode = library.mars_decode
+        self._decode.argtypes = [pointer, pointer, size, pointer]
+        self._quantize = library.mars_quantize
+        self._quantize.argtypes = [pointer, ctypes.c_int, size, size, ctypes.c_int, pointer, pointer]
+        self._quantize.restype = None
         self.read = library.mars_read
         """Reads memory and does nothing with it: (address, words of 8 bytes)."""
         self.read.argtypes = [pointer, size]
         self.read.restype = ctypes.c_uint64
+
+    def multiply(self, x: Tensor, rows: int, weights: Sequence[Weight], products: Sequence[Tensor]) -> None:
+        """Products of x (rows, inputs) with several weights: each (rows, outputs with filler), all fp32 and contiguous.
+
+        Raises:
+            MemoryError: if there is none left for the rounded activations.
+        """
+        count, inputs = len(weights), weights[0].inputs
+        outs = (ctypes.c_void_p * count)(*(product.data_ptr() for product in products))
+        if self._multiply(x.data_ptr(), rows, inputs, (Weight * count)(*weights), outs, count):
+            raise MemoryError("no memory for the activations of a quantized product")
+
+    def quantize(self, weight: Tensor, codes: Tensor, scales: Tensor, *, bits: int) -> None:
+        """Fills codes and scales, both contiguous, with a contiguous weight (outputs, inputs) of a type in `KINDS`."""
+        addresses = codes.data_ptr(), scales.data_ptr()
+        self._quantize(weight.data_ptr(), KINDS.index(weight.dtype), *weight.shape, bits, *addresses)
+
+    def decode(self, x: Tensor, layers: "ctypes.Array[Layer]", step: Step) -> None:
+        """Runs x (rows, width) through layers, in place, and adds a column to their caches.
+
+        Raises:
+            MemoryError: if there is none left for the activations.
+        """
+        if self._decode(x.data_ptr(), layers, len(layers), ctypes.byref(step)):
+            raise MemoryError("no memory for the activations of a step")
 
 
 @cache
@@ -41,8 +111,9 @@ def find_kernel() -> Kernel | None:
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if compiler is None or os.environ.get("MARS_KERNEL") == "off":
         return None
-    key = hashlib.sha256(_SOURCE.read_bytes() + repr((_FLAGS, compiler)).encode() + _processor()).hexdigest()
-    library = cache_folder() / "kernels" / f"quantized-{key[:16]}.so"
+    sources = b"".join(part.read_bytes() for part in _PARTS)
+    key = hashlib.sha256(sources + repr((_FLAGS, compiler)).encode() + _processor()).hexdigest()
+    library = cache_folder() / "kernels" / f"decode-{key[:16]}.so"
     try:
         if not library.is_file():
             with whole_file(library, error=ModelError) as partial:

@@ -3,9 +3,14 @@
 Letters: B batch, T positions, S keys, D width, H query heads, G key/value heads, E head width, F feed-forward width.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mars.model.quantized import QuantizedLinear, multiply
 
 SMALL_BATCH = range(2, 8)
 """Rows for which a CPU multiplies faster with the weights on the left (measured: 2.3 times at 2 rows, fp32)."""
@@ -27,6 +32,13 @@ class Linear(nn.Linear):
             product = (self.weight @ x.reshape(rows, -1).T).T.reshape(*x.shape[:-1], -1)
             return product if self.bias is None else product + self.bias
         return F.linear(x, self.weight, self.bias)
+
+
+def apply_all(x: Tensor, *linears: nn.Module) -> list[Tensor]:
+    """What each layer makes of one x; layers of few bits do it in one go."""
+    if isinstance(linears[0], QuantizedLinear):
+        return multiply(x, cast(Sequence[QuantizedLinear], linears))
+    return [linear(x) for linear in linears]
 
 
 class Norm(nn.Module):
@@ -63,6 +75,10 @@ def attend(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None) 
         return mixed.reshape(batch, 1, heads * width)
     mixed = F.scaled_dot_product_attention(q_BHTE, k_BGSE, v_BGSE, attn_mask=mask, enable_gqa=groups > 1)
     return mixed.transpose(1, 2).flatten(2)
+
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values of the new positions, heads apart and not yet rotated, to (B, T, H * E)."""
 
 
 class Expert(nn.Module):
@@ -102,18 +118,39 @@ class Expert(nn.Module):
         self.up_proj = Linear(width, ffn, bias=False)
         self.down_proj = Linear(ffn, width, bias=False)
 
+    def forward(
+        self, x_BTD: Tensor, attention: Attention, *, norms: Mapping[str, Norm], output: nn.Module
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs one segment's positions.
+
+        Args:
+            norms: those on the way, by name; they and `output`, the projection behind attention, may be another's.
+
+        Returns:
+            hidden states (B, T, D), and the keys and values (B, G, T, E) that attention was given. Gradients of later
+            segments come back through these two, which FSDP must be told (training/distributed.py).
+        """
+        q, k, v = self.project(norms["attention_norm"](x_BTD))
+        if "q_norm" in norms:
+            q, k = norms["q_norm"](q), norms["k_norm"](k)
+        if "v_norm" in norms:
+            v = norms["v_norm"](v)
+        x_BTD = x_BTD + output(attention(q, k, v))
+        return x_BTD + self.feed_forward(norms["ffn_norm"](x_BTD)), k, v
+
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, E), keys and values (B, G, T, E) of normalised input, not yet rotated."""
         num_heads, num_kv_heads, head_width = self.heads
         batch, length, _ = x_BTD.shape
 
-        def split(projection: Linear, count: int) -> Tensor:
-            heads: Tensor = projection(x_BTD).view(batch, length, count, head_width)
-            return heads.transpose(1, 2)
+        def split(projected: Tensor, count: int) -> Tensor:
+            return projected.view(batch, length, count, head_width).transpose(1, 2)
 
-        return split(self.q_proj, num_heads), split(self.k_proj, num_kv_heads), split(self.v_proj, num_kv_heads)
+        q, k, v = apply_all(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        return split(q, num_heads), split(k, num_kv_heads), split(v, num_kv_heads)
 
     def feed_forward(self, x_BTD: Tensor) -> Tensor:
         """SwiGLU (Shazeer 2020) of normalised input, (B, T, D)."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        gate, up = apply_all(x_BTD, self.gate_proj, self.up_proj)
+        out: Tensor = self.down_proj(F.silu(gate) * up)
         return out

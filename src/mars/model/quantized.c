@@ -1,4 +1,4 @@
-/* Products of a few activation rows with weights of 8 or 4 bits: the kernel behind mars.model.quantized.
+/* Products of a few activation rows with weights of 8 or 4 bits: what decode.c is built on.
  *
  * Memory is the limit: every weight is read once, by one thread, in the order in which it lies. Weights are kept in
  * tiles of 16 output rows, so that a register holds four inputs of each of them and no sum runs across a register:
@@ -8,7 +8,7 @@
  *   scales [tile][block][16 rows] fp16
  *
  * A block is 32 inputs. Codes are unsigned, with their zero at 128 or 8. Activations become 8 bits with one scale per
- * block and row, as in llama.cpp; sums inside a block are exact integers.
+ * block and row, as in llama.cpp; sums inside a block are exact integers. Up to 8 rows share one reading of a weight.
  */
 #include <math.h>
 #include <stdint.h>
@@ -19,27 +19,53 @@
 #endif
 
 enum { TILE = 16, BLOCK = 32, QUARTERS = BLOCK / 4, MOST = 8 };
+enum { LINE = 64, AHEAD = 4096 }; /* bytes of a cache line, and how far in front of the codes memory is asked for more */
+enum { CHUNK = 16 };              /* tiles that a thread takes at once: the next free one, as a core may be disturbed */
 
-/* Rounds x (rows, inputs) to 8 bits: codes (blocks, rows, 32), scales (blocks, rows), sums of codes (blocks, rows). */
-static void quantize_rows(const float *x, long rows, long inputs, int8_t *codes, float *scales, int32_t *sums) {
-  long blocks = inputs / BLOCK;
-  for (long row = 0; row < rows; row++) {
-    for (long block = 0; block < blocks; block++) {
-      const float *from = x + row * inputs + block * BLOCK;
-      float largest = 0;
-      for (int i = 0; i < BLOCK; i++) largest = fmaxf(largest, fabsf(from[i]));
-      float inverse = largest > 0 ? 127 / largest : 0;
-      long place = block * rows + row;
-      int32_t sum = 0;
-      for (int i = 0; i < BLOCK; i++) {
-        int8_t code = (int8_t)lrintf(from[i] * inverse);
-        codes[place * BLOCK + i] = code;
-        sum += code;
-      }
-      scales[place] = largest / 127;
-      sums[place] = sum;
-    }
+/* Rows of activations in 8 bits, in groups of MOST that lie behind each other; inside a group the block comes first. */
+typedef struct {
+  int8_t *codes;  /* (groups, blocks, rows of the group, 32) */
+  float *scales;  /* (groups, blocks, rows of the group) */
+  int32_t *sums;  /* of codes, likewise */
+  long rows, inputs;
+} Rounded;
+
+static size_t rounded_bytes(long rows, long inputs) { return rows * inputs / BLOCK * (BLOCK + sizeof(float) + sizeof(int32_t)); }
+
+static Rounded rounded_in(void *memory, long rows, long inputs) {
+  float *scales = memory;
+  int32_t *sums = (int32_t *)(scales + rows * inputs / BLOCK);
+  return (Rounded){(int8_t *)(sums + rows * inputs / BLOCK), scales, sums, rows, inputs};
+}
+
+static inline long least(long a, long b) { return a < b ? a : b; }
+
+/* Rounds 32 values of a row. */
+static inline void round_block(const float *from, const Rounded *to, long row, long block) {
+  const float round = 12582912; /* 1.5 * 2^23: added to a small number, it leaves the nearest integer in the low bits */
+  float largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int i = 0; i < BLOCK; i++) largest = fabsf(from[i]) > largest ? fabsf(from[i]) : largest;
+  float inverse = largest > 0 ? 127 / largest : 0;
+  long first = row / MOST * MOST, place = first * (to->inputs / BLOCK) + block * least(MOST, to->rows - first) + row - first;
+  int8_t *codes = to->codes + place * BLOCK;
+  int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < BLOCK; i++) {
+    float shifted = from[i] * inverse + round;
+    int32_t code;
+    memcpy(&code, &shifted, sizeof code);
+    code -= 0x4B400000;
+    codes[i] = (int8_t)code;
+    sum += code;
   }
+  to->scales[place] = largest / 127;
+  to->sums[place] = sum;
+}
+
+static void round_rows(const float *x, const Rounded *to) {
+  for (long row = 0; row < to->rows; row++)
+    for (long block = 0; block < to->inputs / BLOCK; block++) round_block(x + row * to->inputs + block * BLOCK, to, row, block);
 }
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -130,49 +156,122 @@ static inline __attribute__((always_inline)) void add_block(Sums *sums, const ui
 #error "this kernel needs AVX2 with FMA and F16C"
 #endif
 
-static inline __attribute__((always_inline)) void run_tiles(const int8_t *x, const float *x_scales,
-                                                            const int32_t *x_sums, const uint8_t *codes,
-                                                            const uint16_t *scales, float *out, int rows, long inputs,
-                                                            long outputs, int bits) {
-  long blocks = inputs / BLOCK, bytes = TILE * BLOCK * bits / 8;
-#pragma omp parallel for schedule(static)
-  for (long tile = 0; tile < outputs / TILE; tile++) {
+/* A weight; outputs is a multiple of 16. */
+typedef struct {
+  const uint8_t *codes;
+  const uint16_t *scales;
+  long outputs, inputs, bits;
+} Weight;
+
+static inline __attribute__((always_inline)) void run_tiles(const Rounded *x, long first, const Weight *weight, long tile,
+                                                            long end, float *out, int rows, int bits) {
+  long blocks = weight->inputs / BLOCK, bytes = TILE * BLOCK * bits / 8;
+  const int8_t *x_codes = x->codes + first * weight->inputs;
+  const float *x_scales = x->scales + first * blocks;
+  const int32_t *x_sums = x->sums + first * blocks;
+  for (; tile < end; tile++) {
     Sums sums[MOST];
     for (int row = 0; row < rows; row++) sums[row] = zero_sums();
     for (long block = 0; block < blocks; block++) {
-      const uint8_t *from = codes + (tile * blocks + block) * bytes;
-      __builtin_prefetch(from + 4096, 0, 0);
-      if (bits == 8) __builtin_prefetch(from + 4096 + 256, 0, 0);
-      add_block(sums, from, scales + (tile * blocks + block) * TILE, x + block * rows * BLOCK, x_scales + block * rows,
-                x_sums + block * rows, rows, bits);
+      const uint8_t *codes = weight->codes + (tile * blocks + block) * bytes;
+      const uint16_t *scales = weight->scales + (tile * blocks + block) * TILE;
+      for (long line = 0; line < bytes; line += LINE) __builtin_prefetch(codes + AHEAD + line, 0, 2);
+      __builtin_prefetch(scales + AHEAD / 16, 0, 2);
+      add_block(sums, codes, scales, x_codes + block * rows * BLOCK, x_scales + block * rows, x_sums + block * rows, rows, bits);
     }
-    for (int row = 0; row < rows; row++) store_sums(out + row * outputs + tile * TILE, sums[row]);
+    for (int row = 0; row < rows; row++) store_sums(out + (first + row) * weight->outputs + tile * TILE, sums[row]);
   }
 }
 
-#define CASE(N) \
-  case N: \
-    if (bits == 4) run_tiles(codes_x, scales_x, sums_x, codes, scales, out, N, inputs, outputs, 4); \
-    else run_tiles(codes_x, scales_x, sums_x, codes, scales, out, N, inputs, outputs, 8); \
-    break;
+static inline long chunks_of(const Weight *weight) { return (weight->outputs / TILE + CHUNK - 1) / CHUNK; }
 
-/* out (rows, outputs) = x (rows, inputs) times the weights. Returns 0, or 1 when memory ran out. */
-int mars_quantized_linear(const float *x, long rows, long inputs, const uint8_t *codes, const uint16_t *scales,
-                          float *out, long outputs, int bits) {
-  long places = inputs / BLOCK * MOST;
-  int8_t *codes_x = malloc(places * (BLOCK + sizeof(float) + sizeof(int32_t)));
-  if (!codes_x) return 1;
-  float *scales_x = (float *)(codes_x + places * BLOCK);
-  int32_t *sums_x = (int32_t *)(scales_x + places);
-  for (long start = 0; start < rows; start += MOST) {
-    long now = rows - start < MOST ? rows - start : MOST;
-    quantize_rows(x, now, inputs, codes_x, scales_x, sums_x);
-    switch (now) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) }
-    x += now * inputs;
-    out += now * outputs;
+/* One chunk of out (rows, outputs) = x times a weight, for rows `first` .. `first` + 8. */
+static void run_chunk(const Rounded *x, long first, const Weight *weight, long chunk, float *out) {
+  long tile = chunk * CHUNK, end = least(tile + CHUNK, weight->outputs / TILE);
+  switch (least(MOST, x->rows - first) + (weight->bits == 4 ? MOST : 0)) {
+#define CASE(N) \
+  case N: run_tiles(x, first, weight, tile, end, out, N, 8); break; \
+  case MOST + N: run_tiles(x, first, weight, tile, end, out, N, 4); break;
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#undef CASE
   }
-  free(codes_x);
+}
+
+/* Chunk number `chunk` of the products of one x with several weights; 0 if there are no more. */
+static int run_any_chunk(const Rounded *x, const Weight *weights, float *const *outs, long count, long chunk) {
+  for (long first = 0; first < x->rows; first += MOST) {
+    for (long i = 0; i < count; i++) {
+      if (chunk < chunks_of(weights + i)) {
+        run_chunk(x, first, weights + i, chunk, outs[i]);
+        return 1;
+      }
+      chunk -= chunks_of(weights + i);
+    }
+  }
   return 0;
+}
+
+/* Each of outs (rows, outputs) = x (rows, inputs) times a weight. Returns 0, or 1 when memory ran out. */
+int mars_multiply(const float *x, long rows, long inputs, const Weight *weights, float *const *outs, long count) {
+  void *memory = malloc(rounded_bytes(rows, inputs));
+  if (!memory) return 1;
+  Rounded rounded = rounded_in(memory, rows, inputs);
+  round_rows(x, &rounded);
+  long chunks = 0;
+  for (long i = 0; i < count; i++) chunks += chunks_of(weights + i) * ((rows + MOST - 1) / MOST);
+#pragma omp parallel for schedule(dynamic)
+  for (long chunk = 0; chunk < chunks; chunk++) run_any_chunk(&rounded, weights, outs, count, chunk);
+  free(memory);
+  return 0;
+}
+
+enum { FP32, FP16, BF16 };
+
+/* 32 weights of a row in fp32. */
+static inline void load_block(const void *from, long place, int kind, float *to) {
+  if (kind == FP32) memcpy(to, (const float *)from + place, BLOCK * sizeof(float));
+  for (int i = 0; kind == FP16 && i < BLOCK; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)from + place + i))));
+  for (int i = 0; kind == BF16 && i < BLOCK; i++) {
+    uint32_t bits = (uint32_t)((const uint16_t *)from)[place + i] << 16;
+    memcpy(to + i, &bits, sizeof bits);
+  }
+}
+
+/* Rounds 32 weights to codes 0 .. 255 or 0 .. 15; returns their scale. */
+static inline uint16_t quantize_block(const float *from, int bits, uint8_t *codes) {
+  const float round = 12582912;
+  float zero = bits == 4 ? 8 : 128, largest = 0;
+  for (int i = 0; i < BLOCK; i++) largest = fabsf(from[i]) > fabsf(largest) ? from[i] : largest;
+  uint16_t scale = _cvtss_sh(bits == 4 ? largest / -8 : fabsf(largest) / 127, 0);
+  float step = _cvtsh_ss(scale), inverse = step == 0 ? 0 : 1 / step;
+#pragma omp simd
+  for (int i = 0; i < BLOCK; i++) {
+    float value = from[i] * inverse;
+    value = value < -zero ? -zero : value > zero - 1 ? zero - 1 : value;
+    codes[i] = (uint8_t)(int)(value + round - round + zero);
+  }
+  return scale;
+}
+
+/* Rounds a weight (outputs, inputs) of fp32, fp16 or bf16 into tiles; the last one is filled up with zeros. */
+void mars_quantize(const void *weight, int kind, long outputs, long inputs, int bits, uint8_t *codes, uint16_t *scales) {
+  long blocks = inputs / BLOCK, bytes = TILE * BLOCK * bits / 8;
+#pragma omp parallel for schedule(dynamic)
+  for (long tile = 0; tile < (outputs + TILE - 1) / TILE; tile++) {
+    for (long block = 0; block < blocks; block++) {
+      uint8_t *to = codes + (tile * blocks + block) * bytes;
+      for (long row = 0; row < TILE; row++) {
+        float values[BLOCK] = {0};
+        uint8_t own[BLOCK];
+        if (tile * TILE + row < outputs) load_block(weight, (tile * TILE + row) * inputs + block * BLOCK, kind, values);
+        scales[(tile * blocks + block) * TILE + row] = quantize_block(values, bits, own);
+        for (int i = 0; bits == 4 && i < BLOCK / 2; i++) own[i] |= own[i + BLOCK / 2] << 4;
+        for (int part = 0; part < (bits == 4 ? QUARTERS / 2 : QUARTERS); part++)
+          memcpy(to + part * 4 * TILE + row * 4, own + part * 4, 4);
+      }
+    }
+  }
 }
 
 /* Reads memory with all threads and returns a sum that depends on every byte: what bandwidth there is. */

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mars.model.cache import Cache, LayerCache
 from mars.model.config import ModelConfig
-from mars.model.layers import Expert, attend
+from mars.model.layers import Expert, Norm, attend
 from mars.model.rope import rotate
 from mars.sequence.layout import Modality
 
@@ -51,20 +51,16 @@ class SemVIELayer(nn.Module):
         self, x_BTD: Tensor, modality: Modality, *, cache: Cache | LayerCache, rotary: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Runs one segment's positions and leaves their keys and values in the cache. (B, T, D), the same out."""
-        expert = self.language if modality is Modality.TEXT else self.visual
-        if expert is None:
+        if modality is Modality.IMAGE and self.visual is None:
             return x_BTD
-        norms = self.language if self.share_norms else expert
-        q, k, v = expert.project(norms.attention_norm(x_BTD))
-        if expert.head_norms:
-            q, k, v = expert.q_norm(q), expert.k_norm(k), expert.v_norm(v)
-        elif self.qk_norm:
-            q, k = norms.q_norm(q), norms.k_norm(k)
-        keys, values = cache.extend(self.index, rotate(k, rotary), v)
-        mixed = attend(rotate(q, rotary), keys, values, mask)
-        output = expert.o_proj if hasattr(expert, "o_proj") else self.language.o_proj
-        x_BTD = x_BTD + output(mixed)
-        return x_BTD + expert.feed_forward(norms.ffn_norm(x_BTD))
+        expert = self.expert(modality)
+
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = cache.extend(self.index, rotate(k, rotary), v)
+            return attend(rotate(q, rotary), keys, values, mask)
+
+        x_BTD, _, _ = expert(x_BTD, attention, norms=self.norms_of(expert), output=self.output_of(expert))
+        return x_BTD
 
     def alone(
         self,
@@ -79,3 +75,21 @@ class SemVIELayer(nn.Module):
         cache = LayerCache(keys, values)
         x_BTD = self(x_BTD, modality, cache=cache, rotary=rotary, mask=mask)
         return x_BTD, cache.keys, cache.values
+
+    def expert(self, modality: Modality) -> Expert:
+        """Whose weights work on a modality."""
+        expert = self.language if modality is Modality.TEXT else self.visual
+        assert expert is not None, "image positions skip a layer without a visual expert"
+        return expert
+
+    def norms_of(self, expert: Expert) -> dict[str, Norm]:
+        """The norms on an expert's way, by name: its own or the language expert's, and of heads those there are."""
+        shared = self.language if self.share_norms else expert
+        norms = {"attention_norm": shared.attention_norm, "ffn_norm": shared.ffn_norm}
+        if expert.head_norms:
+            return norms | {"q_norm": expert.q_norm, "k_norm": expert.k_norm, "v_norm": expert.v_norm}
+        return norms | {"q_norm": shared.q_norm, "k_norm": shared.k_norm} if self.qk_norm else norms
+
+    def output_of(self, expert: Expert) -> nn.Module:
+        """Attention's output projection for an expert: its own or the language expert's."""
+        return expert.o_proj if hasattr(expert, "o_proj") else self.language.o_proj

@@ -10,6 +10,7 @@ Letters: B batch, T positions, D width of the segment's modality, V text vocabul
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from mars.errors import RequestError
 from mars.model.cache import Cache, Prefix, StaticCache
 from mars.model.config import ModelConfig
+from mars.model.decoding import Decoder, build_decoder
 from mars.model.layers import Expert, Linear, Norm
 from mars.model.rope import Rotary
 from mars.model.semvie import SemVIELayer
@@ -53,6 +55,7 @@ class MarsTransformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self._decoders: WeakKeyDictionary[StaticCache, Decoder | None] = WeakKeyDictionary()
         self.recompute = False
         """Whether layers keep no activations for a backward pass, and compute them again there."""
         self.compiled = False
@@ -90,14 +93,26 @@ class MarsTransformer(nn.Module):
         x_BTD = self.embed(segment)
         longest = cache.longest + (segment.side - 1) * segment.columns  # rows that a block has begun
         rotary = self.rotary.at(positions_BT, longest=longest, dtype=x_BTD.dtype)
+        if segment.modality is Modality.IMAGE and isinstance(cache, StaticCache) and (decoder := self._decoder(cache)):
+            return self._final_norm(decoder.run(x_BTD, rotary, cache), segment.modality)
         visual_layers = set(cache.visual_layers)
         for index, layer in enumerate(self.layers):
             if segment.modality is Modality.TEXT or index in visual_layers:
                 mask = masks[index in visual_layers]
                 x_BTD = self._run(layer, x_BTD, segment.modality, cache=cache, rotary=rotary, mask=mask)
-        if segment.modality is Modality.TEXT or self.config.semvie.share_norms:
-            return cast(Tensor, self.language_norm(x_BTD))
-        return cast(Tensor, self.visual_norm(x_BTD))
+        return self._final_norm(x_BTD, segment.modality)
+
+    def _final_norm(self, x_BTD: Tensor, modality: Modality) -> Tensor:
+        shared = modality is Modality.TEXT or self.config.semvie.share_norms
+        return cast(Tensor, self.language_norm(x_BTD) if shared else self.visual_norm(x_BTD))
+
+    def _decoder(self, cache: StaticCache) -> Decoder | None:
+        """The kernel's way through the layers, for a single position of each row; built when a cache first asks."""
+        if cache.new != 1:
+            return None
+        if cache not in self._decoders:
+            self._decoders[cache] = build_decoder(self.layers, cache)
+        return self._decoders[cache]
 
     def _run(
         self, layer: nn.Module, x_BTD: Tensor, modality: Modality, *, cache: Cache, rotary: Tensor, mask: Tensor | None

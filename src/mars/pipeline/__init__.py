@@ -18,16 +18,17 @@ from PIL import Image
 from torch import Tensor
 
 import mars
+from mars.adapter import adapt, load_adapted
 from mars.checkpoint import MarsModel, is_whole_model, load_model
 from mars.errors import ModelError, PromptError, RequestError
 from mars.generation.engine import DrawRequest, Progress, continue_text, draw
 from mars.generation.sampling import Sampling
 from mars.generation.super_resolution import UpscaleRequest, upscale
 from mars.hub import hub_folder, is_hub_id, upload
-from mars.model.language_tensors import tensors_digest
-from mars.model.precision import Precision, check_precision, weights_held
+from mars.model.precision import Precision, check_precision
 from mars.picture import GeneratedImage, on_white_page, open_picture
 from mars.pipeline.checks import all_seeds, find_grid
+from mars.pipeline.description import describe_model
 from mars.pipeline.saving import save_with_card
 from mars.pipeline.upscaling import UPSCALE_SAMPLING, check_low_codes, find_upscaling
 from mars.sequence.text import CAPTION_HINTS
@@ -80,6 +81,8 @@ class MarsPipeline:
         *,
         revision: str | None = None,
         precision: Precision = "fp32",
+        lora: str | Path | None = None,
+        lora_scale: float = 1.0,
         notify: Callable[[str], None] | None = None,
     ) -> "MarsPipeline":
         """Opens a model's folder or hub id; without one, the model that comes with the package.
@@ -89,13 +92,15 @@ class MarsPipeline:
             revision: branch, tag or commit on the hub.
             precision: of linear layers in memory. `int8` and `int4` take a quarter and a seventh of the room of fp32,
                 and round: pictures are no longer those of fp32.
+            lora: folder of an adapter, as `peft` lays it out; merged into the weights, so that drawing costs no more.
+            lora_scale: how strongly the adapter counts; 1 as it was trained.
             notify: called with one line before anything that takes long.
 
         Raises:
             ModelError: if there is no such model, or its LLM cannot be found.
-            CheckpointError: if a file is damaged or does not fit.
+            CheckpointError: if a file is damaged or does not fit, or the adapter is of another model.
             ConfigError: for an unknown precision.
-            RequestError: for a revision of a folder.
+            RequestError: for a revision of a folder, or a scale that is not finite.
         """
         check_precision(precision)
         if source is None and not (SHIPPED / "visual.safetensors").is_file():
@@ -103,7 +108,18 @@ class MarsPipeline:
                 "no model comes with this version; train one with `mars train configs/mini-pretrain.toml` and name it"
             )
         folder = _find(SHIPPED if source is None else source, revision=revision)
-        return cls(load_model(folder, precision=precision, notify=notify))
+        if lora is None:
+            return cls(load_model(folder, precision=precision, notify=notify))
+        return cls(load_adapted(folder, Path(lora), scale=lora_scale, precision=precision, notify=notify))
+
+    def load_lora(self, folder: str | Path, *, scale: float = 1.0) -> None:
+        """Merges an adapter into the weights in memory; `from_pretrained` explains it.
+
+        Raises:
+            CheckpointError: if the adapter is damaged or of another model; nothing has changed then.
+            RequestError: if the weights are rounded or have an adapter already, or the scale is not finite.
+        """
+        self.model = adapt(self.model, Path(folder), scale=scale)
 
     def save_pretrained(self, folder: str | Path, *, report: Path | None = None) -> None:
         """Writes the visual side in fp16, and a model card, into a folder that appears whole or not at all.
@@ -282,6 +298,7 @@ class MarsPipeline:
             "seed": str(seed),
             "settings": json.dumps(settings, ensure_ascii=False),
             "model": self.model.info.name,
+            **({} if self.model.lora is None else {"lora": self.model.lora}),
             "model_digest": self.model.visual_digest,
             "language_digest": self.model.info.language_digest,
             "software": f"mars-t2i {mars.__version__}",
@@ -289,30 +306,7 @@ class MarsPipeline:
 
     def describe(self) -> dict[str, int | str]:
         """Parameters per part, vocabulary, digests (the LLM's computed anew from memory) and bytes held."""
-        transformer, codec = self.model.transformer, self.model.image_tokenizer
-        vocabulary, info = transformer.vocabulary, self.model.info
-        held = weights_held(transformer)
-        whole = self.model.precision == "fp32" and not transformer.released
-        return {
-            "name": info.name,
-            "language model": info.language,
-            "precision": self.model.precision,
-            "language expert parameters": held["language"][0],
-            "visual expert parameters": held["visual"][0],
-            "image tokenizer parameters": sum(weight.numel() for weight in codec.parameters()),
-            "layers with a visual expert": ", ".join(map(str, transformer.config.visual_layers)),
-            "text ids": vocabulary.text_size,
-            "codes": vocabulary.num_codes,
-            "vocabulary": vocabulary.size,
-            "picture sizes": ", ".join(f"{width}x{height}" for width, height in self.sizes),
-            "super-resolution": info.upscale.text(info.grids, factor=codec.config.factor) if info.upscale else "none",
-            "language digest": tensors_digest(transformer.language_tensors()) if whole else "none: rounded or released",
-            "language digest of the LLM": info.language_digest,
-            "visual digest": self.model.visual_digest,
-            "bytes in memory": held["language"][1]
-            + held["visual"][1]
-            + sum(weight.numel() * weight.element_size() for weight in codec.parameters()),
-        }
+        return describe_model(self.model)
 
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> list[Image.Image]:

@@ -89,3 +89,13 @@ class Vocabulary:
         if index < self.first_special:
             return IdRange.CODE
         return IdRange.SPECIAL if index < self.first_special + len(SPECIALS) else IdRange.DEAD
+
+    @property
+    def source_start(self) -> int:
+        """Id of `<source>`, which begins an image that an instruction changes."""
+        return self.first_special + SPECIALS.index("<source>")
+
+    @property
+    def source_end(self) -> int:
+        """Id of `</source>`, which belongs to the instruction."""
+        return self.first_special + SPECIALS.index("</source>")

@@ -34,12 +34,15 @@ def text_to_image_loss(transformer: MarsTransformer, codes_BRC: Tensor, prefixes
 
 def begin_image_loss(transformer: MarsTransformer, prefixes: Sequence[Prefix]) -> Tensor:
     """Mean cross-entropy of `<img>` after a whole caption, among text and special ids: when to draw."""
-    hidden_BD = torch.stack([prefix.last_hidden for prefix in prefixes])
-    with torch.no_grad():
-        text_B = torch.logsumexp(transformer.text_logits(hidden_BD).float(), dim=1)
-    special = transformer.special_logits(hidden_BD).float()
-    everything_B = torch.logsumexp(torch.cat([text_B[:, None], special], dim=1), dim=1)
-    return (everything_B - special[:, 0]).mean()
+    return begin_loss(transformer, torch.stack([prefix.last_hidden for prefix in prefixes]))
+
+
+def begin_loss(transformer: MarsTransformer, states_ND: Tensor) -> Tensor:
+    """The same after texts whose last states are given; their gradients pass the frozen head where they have any."""
+    text_N = torch.logsumexp(transformer.text_logits(states_ND).float(), dim=1)
+    special = transformer.special_logits(states_ND).float()
+    everything_N = torch.logsumexp(torch.cat([text_N[:, None], special], dim=1), dim=1)
+    return (everything_N - special[:, 0]).mean()
 
 
 def captioning_states(

@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 from mars.errors import CheckpointError
 from mars.training.stages import OptimizerConfig
@@ -25,6 +26,22 @@ def orthogonalize(matrices: Tensor, *, iterations: int = 5) -> Tensor:
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
     return cast(Tensor, x.mT) if tall else x
+
+
+def _orthogonalize_all(matrices: Tensor) -> Tensor:
+    """`orthogonalize` of matrices whose rows may lie in several processes: each is given some of them whole."""
+    if not isinstance(matrices, DTensor):
+        return orthogonalize(matrices)
+    whole = matrices.redistribute(placements=[Shard(0)])
+    found = DTensor.from_local(
+        orthogonalize(whole.to_local()),
+        matrices.device_mesh,
+        [Shard(0)],
+        run_check=False,
+        shape=matrices.shape,
+        stride=matrices.stride(),
+    )
+    return found.redistribute(placements=matrices.placements)
 
 
 class Muon(torch.optim.Optimizer):
@@ -56,7 +73,7 @@ class Muon(torch.optim.Optimizer):
             for shape, weights in shapes.items():
                 updates = torch.stack([self._momentum(weight, group["momentum"]) for weight in weights])
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
-                for weight, update in zip(weights, orthogonalize(updates.to(self.dtype)), strict=True):
+                for weight, update in zip(weights, _orthogonalize_all(updates.to(self.dtype)).unbind(), strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
                     weight.add_(update, alpha=-group["lr"] * scale)
 
@@ -83,7 +100,7 @@ def build_optimizers(
     groups: list[dict[str, object]] = [{"params": tables, "weight_decay": 0.0, "lr": config.learning_rate}]
     if config.name == "adamw":
         groups.append({"params": matrices, "weight_decay": config.weight_decay, "lr": config.learning_rate})
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=config.betas)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=config.betas, fused=True)]
     if config.name == "muon":
         optimizers.append(Muon(matrices, lr=config.matrix_rate, weight_decay=config.weight_decay, dtype=dtype))
     for optimizer in optimizers:

@@ -1,6 +1,6 @@
 """Keys and values of captions, remembered: while nothing visual is in the cache, they depend on nothing trained."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 
 import torch
@@ -8,8 +8,9 @@ import torch
 from mars.model.cache import Prefix
 from mars.model.transformer import MarsTransformer, read_prefixes
 
-ROWS, WIDTH = 32, 4
-"""Captions are read `ROWS` at a time and padded to a multiple of `WIDTH` ids."""
+ROWS, IDS, WIDTH = 32, 512, 4
+"""Captions are padded to a multiple of `WIDTH` ids and read so many at a time: `ROWS`, or fewer if they have more than
+`IDS` ids together, because a batch of long captions has few of each length and would be mostly filler."""
 
 
 class PrefixStore:
@@ -17,10 +18,12 @@ class PrefixStore:
 
     Args:
         gib: memory to use; those not asked for the longest are forgotten first.
+        most: the largest of the numbers that processes have, which must all read as often where they share weights.
     """
 
-    def __init__(self, transformer: MarsTransformer, *, gib: float) -> None:
+    def __init__(self, transformer: MarsTransformer, *, gib: float, most: Callable[[int], int] = int) -> None:
         self.transformer = transformer
+        self.most = most
         self.limit = int(gib * 2**30)
         self.held = 0
         self.prefixes: dict[tuple[int, ...], Prefix] = {}
@@ -38,8 +41,7 @@ class PrefixStore:
         keys = [tuple(row) for row in rows]
         found = {key: self.prefixes[key] for key in keys if key in self.prefixes}
         missing = {key for key in keys if key not in found}
-        if missing:
-            found |= self._read_all(missing | self._soon(ahead))
+        found |= self._read_all(missing | self._soon(ahead) if missing else set())
         for key in found:
             if key in self.prefixes:
                 del self.prefixes[key]
@@ -66,11 +68,17 @@ class PrefixStore:
         return soon
 
     def _read_all(self, rows: set[tuple[int, ...]]) -> dict[tuple[int, ...], Prefix]:
-        found: dict[tuple[int, ...], Prefix] = {}
+        batches: list[list[tuple[int, ...]]] = []
         for _, group in groupby(sorted(rows, key=lambda row: (len(row), row)), key=_padded):
             rest = list(group)
-            for start in range(0, len(rest), ROWS):
-                found |= self._read(rest[start : start + ROWS])
+            count = _together(rest[0])
+            batches += [rest[start : start + count] for start in range(0, len(rest), count)]
+        found: dict[tuple[int, ...], Prefix] = {}
+        others = self.most(len(batches)) - len(batches)
+        for batch in batches:
+            found |= self._read(batch)
+        for _ in range(others):
+            read_prefixes(self.transformer, [[0]])
         return found
 
     def _read(self, rows: list[tuple[int, ...]]) -> dict[tuple[int, ...], Prefix]:
@@ -80,12 +88,17 @@ class PrefixStore:
         the same to the bit whatever is read beside it, so that a resumed run sees what the first one saw.
         """
         self.lengths += map(len, rows)
-        filler = [(0,) * _padded(rows[0])] * (ROWS + 1 - len(rows))
+        filler = [(0,) * _padded(rows[0])] * (_together(rows[0]) + 1 - len(rows))
         return dict(zip(rows, read_prefixes(self.transformer, [*rows, *filler]), strict=False))
 
 
 def _padded(row: Sequence[int]) -> int:
     return -(-len(row) // WIDTH) * WIDTH
+
+
+def _together(row: Sequence[int]) -> int:
+    """How many captions of the length of this one are read together: of its length alone, so that shapes are too."""
+    return max(1, min(ROWS, IDS // _padded(row)))
 
 
 def _bytes(prefix: Prefix) -> int:

@@ -12,9 +12,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from mars.checkpoint import atomic_folder, copy_tensors, read_tensors, save_tensors
+from mars.checkpoint import atomic_folder, copy_tensors, save_tensors
 from mars.errors import ConfigError
 from mars.model.transformer import MarsTransformer
+from mars.training.parts import read_parts
 
 T = TypeVar("T")
 STATE = "training.safetensors"
@@ -55,12 +56,16 @@ class Process:
         """Whether this one writes what all share."""
         return self.rank == 0
 
-    def place(self, transformer: MarsTransformer) -> None:
-        """Brings a transformer to where it is trained; its parameters may be other objects afterwards."""
+    def place(self, transformer: MarsTransformer, *, dtype: torch.dtype) -> None:  # noqa: ARG002
+        """Brings a transformer to where it is trained; its parameters may be other objects afterwards.
+
+        Args:
+            dtype: of products, for which weights may be brought together in fewer bits.
+        """
         transformer.to(self.device)
 
     def synchronizing(self, transformer: MarsTransformer, *, last: bool) -> AbstractContextManager[None]:  # noqa: ARG002
-        """Around the passes of a part of a step: gradients are summed over processes in the last part only."""
+        """Around the passes of a part of a step: gradients are averaged over processes in the last part only."""
         return nullcontext()
 
     def clip(self, weights: Iterable[Tensor], *, limit: float) -> float:
@@ -70,6 +75,10 @@ class Process:
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums over all processes; every one names the same values."""
         return dict(values)
+
+    def most(self, number: int) -> int:
+        """The largest that any process has."""
+        return number
 
     def any(self, flag: bool) -> bool:  # noqa: FBT001 - a question about it
         """Whether it is so in any process."""
@@ -95,10 +104,10 @@ class Process:
         """Stores what belongs to a run beside the model: optimizer, and weights where the model holds an average."""
         save_tensors(folder / STATE, tensors)
 
-    def read_state(self, folder: Path, *, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002
-        """What `write_state` stored.
+    def read_state(self, folder: Path, *, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `write_state` stored, in however many processes.
 
         Args:
             weights: as they are placed, by name; a stored tensor of a weight's shape is to be placed like it.
         """
-        return {name: tensor.to(self.device) for name, tensor in read_tensors(folder / STATE).items()}
+        return read_parts(folder, weights=weights, device=self.device)

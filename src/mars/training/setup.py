@@ -62,7 +62,7 @@ def open_stage(config: StageConfig, *, notify: Callable[[str], None] | None = No
     if source.start_from is not None:
         check_model(source.start_from, shapes=shapes, llm=(language, llm.digest), codec=image_tokenizer.config)
     for grid in loader.grids:
-        _check_grid(grid, shapes.semvie)
+        check_grid(grid, shapes.semvie)
     grids, refines = tuple(loader.grids), "upscale" in config.mix
     if refines:
         shapes = replace(shapes, semvie=replace(shapes.semvie, low_input=True))
@@ -150,7 +150,8 @@ def _open_data(config: StageConfig, *, wanted: str, codec: Path) -> tuple[Loader
     return loader, open_splits(data.held_out) if data.held_out else None
 
 
-def _check_grid(grid: tuple[int, int], semvie: SemVIEConfig) -> None:
+def check_grid(grid: tuple[int, int], semvie: SemVIEConfig) -> None:
+    """Raises ConfigError for a grid of codes that is larger than what the model's grid embedding knows."""
     if semvie.grid_embedding and max(grid) > semvie.max_grid:
         raise ConfigError(
             f"model.semvie.max_grid must be at least {max(grid)} for codes of {grid[0]}x{grid[1]}, "

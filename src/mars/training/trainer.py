@@ -1,7 +1,7 @@
 """The loop: batches to weights. A second run over the same folder continues the first, to the bit.
 
 RUN/checkpoints/   what a run continues from (`training.checkpoints`); RUN/last and RUN/best link into it
-RUN/model/         the finished model, fp16
+RUN/model/         the finished model, fp16; or RUN/adapter/, if an adapter was trained
 RUN/log.jsonl      numbers, and RUN/tensorboard/ where the package is installed
 RUN/samples/       pictures
 RUN/skipped-step-000123.json   the batch after which a run gave up
@@ -18,20 +18,21 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from mars.checkpoint import read_tensors, save_model
 from mars.errors import ConfigError, TrainingError
 from mars.files import whole_file
 from mars.training.checkpoints import Checkpoints
 from mars.training.meters import Meter, Pace, measured_peak, peak_memory
 from mars.training.optim import Average, build_optimizers, optimizer_tensors, rate_at, restore_optimizers
 from mars.training.process import Process, choose_device, has_fast_bf16
+from mars.training.product import product_of
 from mars.training.runlog import RunLog
 from mars.training.runstate import continue_from, read_state, write_state
-from mars.training.setup import check_model, open_stage
+from mars.training.setup import open_stage
 from mars.training.stages import StageConfig
-from mars.training.tasks import Task, TaskContext, TaskMix
+from mars.training.task import Task, TaskContext
+from mars.training.tasks import TaskMix
 
 Sampler = Callable[[Path, Sequence[str]], Image.Image]
 """Draws a grid of prompts with the model saved in a folder; the trainer itself cannot generate."""
@@ -62,8 +63,9 @@ class Trainer:
         bf16 = config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16(device))
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         opened = open_stage(config, notify=notify)
-        self.info, self.image_tokenizer, self.transformer = opened.info, opened.image_tokenizer, opened.transformer
-        self.process.place(self.transformer)
+        self.info, self.transformer = opened.info, opened.transformer
+        self.product = product_of(config, opened)  # adapters are placed with the rest
+        self.process.place(self.transformer, dtype=self.dtype)
         self.transformer.recompute = config.recompute
         if config.compile:
             self.transformer.compile_layers()
@@ -77,13 +79,12 @@ class Trainer:
                 held_out=opened.held_out,
             )
         )
-        visual = self.transformer.visual_tensors()
         if config.batch_size < config.accumulate * self.process.world:
             raise ConfigError(
                 f"batch_size must be at least accumulate x processes, {config.accumulate} x {self.process.world}, "
                 f"got {config.batch_size}"
             )
-        self.weights = {name: weight for name in sorted(visual) if isinstance(weight := visual[name], nn.Parameter)}
+        self.weights = self.product.weights()
         """All that is trained, by name."""
         self.optimizers = build_optimizers(self.weights.items(), config.optimizer, dtype=self.dtype)
         decay = config.optimizer.average
@@ -98,6 +99,7 @@ class Trainer:
             "batch_size": config.batch_size,
             "image_tokenizer": opened.loader.image_tokenizer,
             "pictures": len(opened.loader),
+            "lora": "none" if config.lora is None else json.dumps(asdict(config.lora)),
         }
         """What decides the samples of each step; steps, rates and shares may change in a run that is continued."""
         self.checkpoints = Checkpoints(config.out, keep=config.keep, process=self.process)
@@ -112,7 +114,8 @@ class Trainer:
         sampler: Sampler | None = None,
         stopping: Callable[[], bool] = lambda: False,
     ) -> bool:
-        """Trains to the last step and saves the model in `out/model` (fp16); returns whether it came so far.
+        """Trains to the last step and saves what was made in `out/model` (fp16) or `out/adapter`; returns whether it
+        came so far.
 
         Args:
             stopping: asked after each step; once true, the step is saved and the run ends.
@@ -135,13 +138,18 @@ class Trainer:
             self.meter.add(values)
             self.since_save.add(values)
             if self.step % config.report_every == 0:
-                means = self.meter.means() | pace.per_second() | {"memory_gib": peak_memory(self.process.device)}
+                speed = self.process.sum(pace.per_second())
+                speed["mfu"] /= self.process.world
+                means = self.meter.means() | speed | {"memory_gib": peak_memory(self.process.device)}
                 self.meter = Meter()
                 if log is not None:
                     log.write(self.step, means)
                 if report is not None:
                     report(self.step, means)
                 pace.start()
+            if self.step == config.steps:  # before its checkpoint, behind which a run that was killed would not look
+                with self.process.folder(config.out / self.product.name) as folder:
+                    self._write_product(folder, dtype=torch.float16)
             stop = self.process.any(stopping())
             samples = sampler is not None and self.step % config.sample_every == 0
             if samples or stop or self.step % config.save_every == 0 or self.step == config.steps:
@@ -150,8 +158,6 @@ class Trainer:
                 self._sample(sampler, log)
             if stop and self.step < config.steps:
                 return False
-        with self.process.folder(config.out / "model") as folder:
-            self._write_model(folder, dtype=torch.float16)
         return True
 
     def train_step(self, pace: Pace | None = None) -> dict[str, float]:
@@ -169,6 +175,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
         task, batch = self.mix.draw(self.step)
+        torch.manual_seed(config.seed * 1_000_003 + self.step)  # for dropout in adapters
         values = self._backward(task, batch, pace=pace)
         values["gradient_norm"] = process.clip(self.weights.values(), limit=config.optimizer.clip)
         broken = {name: value for name, value in values.items() if not math.isfinite(value)}
@@ -233,10 +240,12 @@ class Trainer:
         if not whole:
             return None
         loss = 0.0
+        self.transformer.eval()
         with self.average.swapped(self.weights) if self.average is not None else nullcontext(), self._autocast():
             for start in range(0, len(examples), self.config.batch_size):
                 part = examples[start : start + self.config.batch_size]
                 loss += float(task.losses(part)["loss"]) * task.targets(part) / whole
+        self.transformer.train()
         return self.process.sum({"loss": loss})["loss"]
 
     def save(self) -> None:
@@ -252,38 +261,22 @@ class Trainer:
         if self.average is not None:
             state |= {f"weights/{name}": weight.detach() for name, weight in self.weights.items()}
         with self.checkpoints.saving(self.step) as folder:
-            self._write_model(folder, dtype=torch.float32)
+            self._write_product(folder, dtype=torch.float32)
             self.process.write_state(folder, state)
             if self.process.is_main:
                 progress = {"score": score, "skipped": self.skipped, "means": self.meter.state()}
                 write_state(folder, step=self.step, fixed=self.fixed, progress=progress)
         self.since_save = Meter()
 
-    def _write_model(self, folder: Path, *, dtype: torch.dtype) -> None:
-        """The model in a folder of its own, with averaged weights where there are some."""
-        visual = self.process.whole(self.average.values if self.average is not None else self.weights)
+    def _write_product(self, folder: Path, *, dtype: torch.dtype) -> None:
+        """The model or adapter in a folder of its own, with averaged weights where there are some."""
+        weights = self.process.whole(self.average.values if self.average is not None else self.weights)
         if self.process.is_main:
-            save_model(
-                folder,
-                info=self.info,
-                transformer=self.transformer,
-                image_tokenizer=self.image_tokenizer,
-                visual=visual,
-                dtype=dtype,
-            )
+            self.product.write(folder, weights, dtype=dtype)
 
     def _resume(self, folder: Path) -> None:
         step, progress = read_state(folder, fixed=self.fixed)
-        check_model(
-            folder,
-            shapes=self.transformer.config,
-            llm=(self.info.language, self.info.language_digest),
-            codec=self.image_tokenizer.config,
-        )
-        model, state = (
-            read_tensors(folder / "visual.safetensors"),
-            self.process.read_state(folder, weights=self.weights),
-        )
+        model, state = self.product.read(folder), self.process.read_state(folder, weights=self.weights)
         own = {name.removeprefix("weights/"): state.pop(name) for name in list(state) if name.startswith("weights/")}
         self.process.load(own or model, into=self.weights, where=str(folder))
         if self.average is not None:

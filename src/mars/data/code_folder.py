@@ -1,0 +1,215 @@
+"""Codes of a whole picture set, in a folder that survives a kill at any moment.
+
+    dataset.json                who wrote it with which settings, whether it is finished, and counts
+    128/shard-000000.parquet    codes of the pictures of shard-000000.tar at 128 pixels; without sizes, not in a folder
+    shard-000000.json           counts, refused pictures, SHA-256 of the files
+    quarantine.jsonl            when finished: one line per picture that was refused, with the reason
+
+A shard counts once its JSON is there and its files are what it says; any other is made again, from its pictures
+alone, so the bytes are those of a run that was never stopped.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from mars.data.encode import BLOCK, PIXELS, Encoder, Outcome, blocks
+from mars.data.shards import INDEX, CodedPicture, Picture, read_pictures, shard_paths, write_codes
+from mars.data.workers import WorkerDied, in_order
+from mars.errors import DataError
+from mars.files import place_for, reason, whole_file
+
+Report = Callable[[int, int | None], None]
+"""Called with how many pictures are done, and how many there are where that is known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedSet:
+    """How many pictures have codes, and how many have none."""
+
+    pictures: int
+    refused: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardWriter:
+    """Writes the codes of a picture shard."""
+
+    encoder: Encoder
+    out: Path
+
+    def write(self, shard: Path, encoded: Iterable[tuple[list[Picture], list[Outcome] | WorkerDied]]) -> None:
+        """Writes the files of a shard from its blocks, its JSON last."""
+        sizes = [str(size) for size in self.encoder.sizes.sizes] or ["."]
+        coded: dict[str, list[CodedPicture]] = {size: [] for size in sizes}
+        refused: list[dict[str, str]] = []
+        total = 0
+        for block, outcomes in encoded:
+            total += len(block)
+            if isinstance(outcomes, WorkerDied):
+                outcomes = ["something in its block ended the process that encoded it, twice"] * len(block)
+            for picture, outcome in zip(block, outcomes, strict=True):
+                if isinstance(outcome, str):
+                    refused.append({"source": shard.name, "key": picture.record.key, "reason": outcome})
+                    continue
+                for size, codes in zip(sizes, outcome, strict=True):
+                    coded[size].append(CodedPicture(record=picture.record, codes=codes))
+        files = {}
+        for size, items in coded.items():
+            if items:
+                path = Path(size) / f"{shard.stem}.parquet"
+                write_codes(self.out / path, items, tokenizer=self.encoder.digest)
+                files[path.as_posix()] = _digest(self.out / path)
+        found = {"pictures": total, "bytes": shard.stat().st_size, "files": files, "refused": refused}
+        _write_json(self.out / f"{shard.stem}.json", found)
+
+
+Engine = Callable[[Sequence[Path], ShardWriter, Callable[[int], None]], None]
+"""Encodes shards with a writer, and calls with how many more pictures are done."""
+
+
+def local_engine(*, workers: int) -> Engine:
+    """Blocks are encoded by processes of this machine, one thread each; one that dies is replaced."""
+
+    def encode(shards: Sequence[Path], writer: ShardWriter, told: Callable[[int], None]) -> None:
+        items = ((shard, block) for shard in shards for block in _at_least_one(blocks(read_pictures(shard))))
+        results = in_order(partial(_encode_item, writer.encoder), items, workers=workers)
+        for shard, of_shard in groupby(results, key=lambda result: result[0][0]):
+            writer.write(shard, _counted(of_shard, told))
+
+    return encode
+
+
+def _at_least_one(found: Iterator[list[Picture]]) -> Iterator[list[Picture]]:
+    """So that a shard without pictures is a shard too."""
+    yield next(found, [])
+    yield from found
+
+
+def _encode_item(encoder: Encoder, item: tuple[Path, list[Picture]]) -> list[Outcome]:
+    return encoder(item[1])
+
+
+def _counted(
+    results: Iterable[tuple[tuple[Path, list[Picture]], list[Outcome] | WorkerDied]], told: Callable[[int], None]
+) -> Iterator[tuple[list[Picture], list[Outcome] | WorkerDied]]:
+    for (_, block), outcomes in results:
+        yield block, outcomes
+        told(len(block))
+
+
+def encode_folder(
+    pictures: Path, *, encoder: Encoder, out: Path, engine: Engine, progress: Report | None = None
+) -> EncodedSet:
+    """Encodes a picture shard, or a folder of them, into a folder of code shards; continues one that was stopped.
+
+    Raises:
+        DataError: if pictures cannot be read, or the folder holds something else, was made with other settings or
+            from other shards, is being written by another process, or cannot be written.
+    """
+    shards = shard_paths(pictures)
+    out = place_for(out, error=DataError, may_replace=_may_continue)
+    settings = {"image_tokenizer": encoder.digest, **asdict(encoder.sizes), "block": BLOCK, "pixels": PIXELS}
+    index: dict[str, Any] = {"finished": False, "settings": json.loads(json.dumps(settings))}
+    with _locked(out):
+        known = _known(out, shards=shards, settings=index["settings"])
+        todo = [shard for shard in shards if shard not in known]
+        done, total = sum(known.values()), _total(pictures)
+
+        def told(more: int) -> None:
+            nonlocal done
+            done += more
+            if progress is not None:
+                progress(done, total)
+
+        if todo:
+            _write_json(out / INDEX, index)
+            told(0)
+            engine(todo, ShardWriter(encoder=encoder, out=out), told)
+        refused = [entry for shard in shards for entry in _read_json(out / f"{shard.stem}.json")["refused"]]
+        with whole_file(out / "quarantine.jsonl", error=DataError) as partial_file:
+            lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in refused]
+            partial_file.write_text("".join(lines), "utf-8")
+        found = EncodedSet(pictures=done - len(refused), refused=len(refused))
+        _write_json(out / INDEX, {"finished": True, **asdict(found), "settings": index["settings"]})
+    return found
+
+
+def _may_continue(folder: Path) -> bool:
+    return (folder / INDEX).is_file() or all(path.name.startswith(".") for path in folder.iterdir())
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Makes the folder, and keeps other processes from writing there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(f"cannot write {folder}: {reason(error)}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise DataError(f"{folder} is being written by another process; wait for it or end it") from None
+    finally:
+        os.close(lock)
+
+
+def _known(out: Path, *, shards: Sequence[Path], settings: dict[str, Any]) -> dict[Path, int]:
+    """Shards whose codes are there, with how many pictures they have."""
+    if not (out / INDEX).is_file():
+        return {}
+    made = _read_json(out / INDEX)["settings"]
+    for name in settings:
+        if made.get(name) != settings[name]:
+            raise DataError(
+                f"{out} was made with {name} {json.dumps(made.get(name))}, got {json.dumps(settings[name])}; "
+                "name another folder, or remove it"
+            )
+    there = {path.stem: path for path in out.glob("*.json") if path.name != INDEX}
+    if strangers := sorted(there.keys() - {shard.stem for shard in shards}):
+        raise DataError(f"{out} holds codes of other shards, such as {strangers[0]}; name another folder, or remove it")
+    known = {}
+    for shard in shards:
+        found = _read_json(there[shard.stem]) if shard.stem in there else None
+        if found is None or any(_digest(out / name) != digest for name, digest in found["files"].items()):
+            continue  # to be made again
+        if found["bytes"] != shard.stat().st_size:
+            raise DataError(f"{out} holds codes of another {shard.name}; name another folder, or remove it")
+        known[shard] = found["pictures"]
+    return known
+
+
+def _total(pictures: Path) -> int | None:
+    """How many pictures a folder says it has."""
+    return _read_json(pictures / INDEX).get("pictures") if pictures.is_dir() else None
+
+
+def _digest(path: Path) -> str | None:
+    """SHA-256 of a file, if it is there."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with whole_file(path, error=DataError) as partial_file:
+        partial_file.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged ({error}); remove {path.parent} and make it again") from error
+    return found

@@ -1,0 +1,1 @@
+"""Choosing pictures worth training on: rules, scorers, near-duplicates, and a report of what was dropped and why."""

@@ -1,0 +1,1 @@
+"""Pictures and captions, from where people keep them to shards."""

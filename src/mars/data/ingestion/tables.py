@@ -1,0 +1,204 @@
+"""Tables with a row per picture: JSON lines, CSV, Parquet, and the Arrow files of Hugging Face `datasets`.
+
+The picture is bytes, the path of a file in the table's folder, or both as `{"bytes": ..., "path": ...}`.
+"""
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from mars.data.ingestion.items import Item, Part, guarded, suffix_of
+from mars.errors import DataError
+
+TABLE_SUFFIXES = frozenset({"jsonl", "ndjson", "csv", "tsv", "parquet", "arrow"})
+IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "image_path", "file_name", "filename", "path", "file")
+"""Taken in this order where no column was named."""
+_BLANK = ""
+"""In place of a row: nothing is there."""
+_ROWS = 64
+"""Of an Arrow table in memory as Python objects."""
+
+
+def table_part(path: Path, *, name: str, image: str | None, wanted: Collection[str], more: dict[str, Any]) -> Part:
+    """The rows of a table.
+
+    Args:
+        image: the column of pictures; None looks for one of `IMAGE_COLUMNS`.
+        wanted: columns that are read, where they are there.
+        more: what is known of every row.
+
+    Raises:
+        DataError: from the part, if there is no such column.
+    """
+    import pyarrow as pa
+
+    def items() -> Iterator[Item]:
+        column = image
+        for number, row in enumerate(_rows(path, wanted={*wanted, *((image,) if image else IMAGE_COLUMNS)}), 1):
+            row_name = f"{name}#{number}"
+            if isinstance(row, str):
+                if row != _BLANK:
+                    yield Item(name=row_name, problem=row)
+                continue
+            column = column or _image_column(row, path=path)
+            fields = {**more, **{key: value for key, value in row.items() if key in wanted}}
+            try:
+                yield Item(name=row_name, picture=_picture(row.get(column), folder=path.parent), fields=fields)
+            except DataError as error:
+                yield Item(name=row_name, problem=str(error))
+
+    return guarded(items, name=name, damage=(pa.ArrowException, csv.Error, ValueError, OSError))
+
+
+def _image_column(row: dict[str, Any], *, path: Path) -> str:
+    for name in IMAGE_COLUMNS:
+        if name in row:
+            return name
+    raise DataError(f"{path} has no column of pictures that is known; say which with --column image=NAME")
+
+
+def require_columns(path: Path, *, columns: Collection[str]) -> None:
+    """Looks at the head of a table for columns that were named.
+
+    Raises:
+        DataError: if one of them is not there.
+    """
+    try:
+        found = _columns(path)
+    except (OSError, ValueError, csv.Error):
+        return  # a table that is damaged is told when it is read
+    if found and (missing := sorted(set(columns) - set(found))):
+        raise DataError(f"{path} has no column {missing[0]}; it has {', '.join(found)}")
+
+
+def _columns(path: Path) -> list[str]:
+    """None for JSON lines, where every row may have others."""
+    match suffix_of(path.name):
+        case "parquet":
+            import pyarrow.parquet as pq
+
+            return list(pq.read_schema(path).names)
+        case "arrow":
+            return list(_arrow_reader(path).schema.names)
+        case "csv" | "tsv":
+            with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+                return next(csv.reader(file, delimiter=_delimiter(path)), [])
+        case _:
+            return []
+
+
+def _picture(value: Any, *, folder: Path) -> bytes | Path:
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str) or not value:
+        raise DataError("no picture in its column")
+    if "://" in value:
+        raise DataError(f"a URL instead of a picture ({value[:100]}); download it first, as with img2dataset")
+    folder = Path(os.path.normpath(folder.absolute()))
+    path = Path(os.path.normpath(folder / value))
+    if not path.is_relative_to(folder) or "\0" in value:
+        raise DataError(f"path outside the folder of its table ({value[:100]!r})")
+    return path
+
+
+def _rows(path: Path, *, wanted: set[str]) -> Iterator[dict[str, Any] | str]:
+    """The rows of any table; `wanted` saves reading other columns where that can be saved."""
+    match suffix_of(path.name):
+        case "parquet":
+            return _parquet_rows(path, wanted=wanted)
+        case "arrow":
+            return _arrow_rows(path, wanted=wanted)
+        case "csv" | "tsv":
+            return _csv_rows(path)
+        case _:
+            return _json_rows(path)
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any] | str]:
+    with path.open("rb") as file:
+        for line in file:
+            if not line.strip():
+                yield _BLANK
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError:
+                yield "a line that is not UTF-8"
+            except (ValueError, RecursionError):
+                yield "a line that is not JSON"
+            else:
+                yield row if isinstance(row, dict) else "a line that is not a JSON object"
+
+
+def _delimiter(path: Path) -> str:
+    return "\t" if suffix_of(path.name) == "tsv" else ","
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, Any] | str]:
+    csv.field_size_limit(sys.maxsize >> 32)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = csv.reader(file, delimiter=_delimiter(path))
+        names = next(rows, [])
+        for row in rows:
+            if not row:
+                yield _BLANK
+            elif len(row) != len(names):
+                yield f"a row of {len(row)} columns instead of {len(names)}"
+            else:
+                yield dict(zip(names, row, strict=True))
+
+
+def _parquet_rows(path: Path, *, wanted: set[str]) -> Iterator[dict[str, Any] | str]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        names = [name for name in file.schema_arrow.names if name in wanted]
+        for batch in file.iter_batches(batch_size=_ROWS, columns=names):
+            yield from batch.to_pylist()
+
+
+def _arrow_reader(path: Path) -> Any:
+    import pyarrow as pa
+
+    return pa.ipc.open_stream(pa.memory_map(str(path)))
+
+
+def _arrow_rows(path: Path, *, wanted: set[str]) -> Iterator[dict[str, Any] | str]:
+    for batch in _arrow_reader(path):
+        chosen = batch.select([name for name in batch.schema.names if name in wanted])
+        for start in range(0, chosen.num_rows, _ROWS):
+            yield from chosen.slice(start, _ROWS).to_pylist()
+
+
+def saved_tables(folder: Path) -> Iterable[tuple[Path, dict[str, Any]]]:
+    """The Arrow files of a data set, or of its splits, that `datasets` saved to disk, and what is known of their rows.
+
+    Raises:
+        DataError: if a file that says so cannot be read, or the rows stand in another order than their files.
+    """
+    whole = folder / "dataset_dict.json"
+    if whole.is_file():
+        splits = _described(whole).get("splits", [])
+        return chain.from_iterable(
+            ((path, {"split": split}) for path, _ in saved_tables(folder / str(split))) for split in splits
+        )
+    state = _described(folder / "state.json")
+    if state.get("_indices_files"):
+        raise DataError(f"{folder} holds rows in another order; save the result of its flatten_indices() instead")
+    return [(folder / str(file["filename"]), {}) for file in state.get("_data_files", [])]
+
+
+def _described(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        assert isinstance(found, dict)
+    except (OSError, ValueError, AssertionError):
+        raise DataError(f"{path} is missing or damaged; save the data set again") from None
+    return found

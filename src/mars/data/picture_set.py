@@ -1,0 +1,35 @@
+"""A picture set as a whole: how many pictures it holds, and a digest of them."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from mars.data.shards import INDEX, read_pictures, shard_paths
+from mars.errors import DataError
+
+
+def set_digest(source: Path) -> str:
+    """SHA-256 over the digests of its shards, which a folder of shards keeps; one tar is read whole.
+
+    Raises:
+        DataError: if there is no picture set.
+    """
+    whole = hashlib.sha256()
+    try:
+        for shard in shard_paths(source):
+            if source.is_dir():
+                digest = str(json.loads(shard.with_suffix(".json").read_text("utf-8"))["sha256"])
+            else:
+                with shard.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+            whole.update(digest.encode())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{source} is not a whole picture set ({error}); make it again") from error
+    return whole.hexdigest()
+
+
+def set_size(source: Path) -> int:
+    """How many pictures it holds; one tar is read for that."""
+    if source.is_dir():
+        return int(json.loads((source / INDEX).read_text("utf-8"))["pictures"])
+    return sum(1 for _ in read_pictures(source))

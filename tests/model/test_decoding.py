@@ -1,0 +1,125 @@
+from typing import Any
+
+import pytest
+import torch
+
+from mars.model.cache import StaticCache
+from mars.model.config import LanguageConfig, ModelConfig, SemVIEConfig
+from mars.model.decoding import build_decoder
+from mars.model.kernel import find_kernel
+from mars.model.language_tensors import language_shapes
+from mars.model.precision import Precision, lower_precision
+from mars.model.quantized import KERNEL_ROWS
+from mars.model.transformer import MarsTransformer, build_transformer, read_prefixes, start_visual
+from mars.sequence.layout import Modality, Segment
+
+PROMPTS = [[1, 5, 9, 30, 2], [1, 7], [4, 4, 4], [9]]
+
+
+@pytest.fixture(autouse=True)
+def _needs_the_kernel() -> None:
+    if find_kernel() is None:
+        pytest.skip("no C compiler, or a processor without AVX2")
+
+
+def build(precision: Precision, *, language: dict[str, Any], semvie: dict[str, Any]) -> MarsTransformer:
+    """A small transformer with nothing at a value that would hide a mistake."""
+    shapes = {
+        "vocab_size": 96, "width": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_width": 16, "ffn": 96,
+        "rope_theta": 1e4, "norm_eps": 1e-5, "max_positions": 64, "tied_embeddings": True,
+    }  # fmt: skip
+    config = ModelConfig(language=LanguageConfig(**shapes | language), semvie=SemVIEConfig(**semvie), num_codes=26)
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+        for name, shape in language_shapes(config.language).items()
+    }
+    transformer = build_transformer(config, weights)
+    start_visual(transformer, generator=generator)
+    with torch.no_grad():
+        for name, weight in transformer.named_parameters():
+            if weight.dim() == 1:
+                weight.normal_(1.0, 0.3, generator=generator)
+            elif ".visual." in name:
+                weight.normal_(0, weight.shape[1] ** -0.5, generator=generator)
+    lower_precision(transformer, precision)
+    return transformer
+
+
+@torch.inference_mode()
+def draw(transformer: MarsTransformer, rows: int, *, kernel: bool) -> tuple[torch.Tensor, StaticCache]:
+    """Logits of six codes after prompts of different lengths, through the kernel or layer by layer."""
+    cache = transformer.new_static_cache(batch=rows, size=16, images_only=True)
+    cache.load([read_prefixes(transformer, [PROMPTS[row % len(PROMPTS)]])[0] for row in range(rows)])
+    if not kernel:
+        transformer._decoders[cache] = None
+    ids = torch.full((rows, 1), transformer.vocabulary.image_start)
+    found = []
+    for place in range(6):
+        segment = Segment(modality=Modality.IMAGE, ids=ids, columns=3, start=place)
+        found.append(transformer.visual_logits(transformer(segment, cache)[:, 0]))
+        ids = torch.full((rows, 1), transformer.vocabulary.first_code + place) + torch.arange(rows)[:, None] % 20
+    assert (transformer._decoders[cache] is not None) is kernel
+    return torch.stack(found), cache
+
+
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "shared norms": ({}, {}),
+    "own norms": ({}, {"share_norms": False}),
+    "shared output": ({}, {"duplicate_output": False}),
+    "biases": ({"qkv_bias": True}, {}),
+    "norms of queries and keys": ({"qk_norm": True}, {"share_norms": False}),
+    "shared norms of queries and keys": ({"qk_norm": True, "norm_eps": 1e-2}, {}),
+    "norms of heads": ({}, {"head_norms": True, "init": "random"}),
+    "some layers, narrower": (
+        {},
+        {"visual_layers": (0, 2), "visual_width": 32, "visual_ffn": 160, "share_norms": False, "init": "random"},
+    ),
+    "heads that do not fill a tile": ({"num_kv_heads": 1, "head_width": 24, "num_heads": 4}, {}),
+    "every head its own key": ({"num_kv_heads": 4}, {"grid_embedding": True, "max_grid": 4}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_step_of_the_kernel_is_that_of_the_layers(precision: Precision, kind: str) -> None:
+    language, semvie = KINDS[kind]
+    transformer = build(precision, language=language, semvie=semvie)
+    for rows in (1, 3):
+        found, cache = draw(transformer, rows, kernel=True)
+        wanted, wanted_cache = draw(transformer, rows, kernel=False)
+        # Activations are rounded to 8 bits: sums in another order put a few on the other side.
+        assert float((found - wanted).norm() / wanted.norm()) < 2e-3
+        torch.testing.assert_close(found[0], wanted[0], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(cache.store[:, 0], wanted_cache.store[:, 0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [8, 9, 17])
+def test_a_row_is_the_same_whatever_is_drawn_beside_it(rows: int) -> None:
+    transformer = build("int4", language={}, semvie={})
+    alone, _ = draw(transformer, 1, kernel=True)
+    together, _ = draw(transformer, rows, kernel=True)
+    assert torch.equal(together[:, 0], alone[:, 0])
+    assert not torch.equal(together[0, 1], alone[0, 0])
+
+
+def test_the_same_to_the_bit_with_any_number_of_threads() -> None:
+    transformer = build("int8", language={}, semvie={})
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(draw(transformer, 3, kernel=True)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_what_it_cannot_take_is_left_to_the_layers() -> None:
+    whole = build("fp32", language={}, semvie={})
+    assert build_decoder(whole.layers, whole.new_static_cache(batch=1, size=8)) is None
+    few = build("int8", language={}, semvie={})
+    assert build_decoder(few.layers, few.new_static_cache(batch=KERNEL_ROWS, size=8)) is not None
+    assert build_decoder(few.layers, few.new_static_cache(batch=KERNEL_ROWS + 1, size=8)) is None
