@@ -358,6 +358,22 @@ def test_a_checkpoint_of_another_language_model_is_one_line(stage: Stage, tmp_pa
         start(stage())
 
 
+def test_a_run_that_is_killed_at_its_end_still_makes_its_model(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(trainer: Trainer) -> None:
+        assert (tmp_path / "run" / "model").is_dir()  # once the last checkpoint is there, nothing is left to do
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        start(stage(steps=3)).train()
+    shutil.rmtree(tmp_path / "run" / "model")
+    monkeypatch.undo()
+    assert start(stage(steps=3)).train()
+    load_model(tmp_path / "run" / "model")
+
+
 def test_a_step_that_is_sampled_is_saved_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, saved = start(stage(steps=4, save_every=2, sample_every=2)), []
     monkeypatch.setattr(trainer, "save", lambda: saved.append(trainer.step))
@@ -612,3 +628,5 @@ def test_a_run_that_is_killed_twenty_times_ends_with_the_weights_of_one_that_was
     logs = [(tmp_path / name / "log.jsonl").read_text("utf-8").splitlines() for name in ("whole", "run")]
     losses = [[{k: v for k, v in json.loads(line).items() if "/" in k} for line in lines] for lines in logs]
     assert losses[0] == losses[1]
+    made = [(tmp_path / name / "model" / "visual.safetensors").read_bytes() for name in ("whole", "run")]
+    assert made[0] == made[1]

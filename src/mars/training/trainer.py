@@ -147,6 +147,9 @@ class Trainer:
                 if report is not None:
                     report(self.step, means)
                 pace.start()
+            if self.step == config.steps:  # before its checkpoint, behind which a run that was killed would not look
+                with self.process.folder(config.out / self.product.name) as folder:
+                    self._write_product(folder, dtype=torch.float16)
             stop = self.process.any(stopping())
             samples = sampler is not None and self.step % config.sample_every == 0
             if samples or stop or self.step % config.save_every == 0 or self.step == config.steps:
@@ -155,8 +158,6 @@ class Trainer:
                 self._sample(sampler, log)
             if stop and self.step < config.steps:
                 return False
-        with self.process.folder(config.out / self.product.name) as folder:
-            self._write_product(folder, dtype=torch.float16)
         return True
 
     def train_step(self, pace: Pace | None = None) -> dict[str, float]:
