@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mars.checkpoint import read_json, recover_folder
+from mars.checkpoint import read_json
 from mars.errors import CheckpointError
-from mars.files import reason
+from mars.files import reason, recover_folder
 from mars.training.process import Process
 from mars.training.runstate import FILE, check_files
 
