@@ -235,6 +235,7 @@ def test_a_whole_run_leaves_a_model_a_log_and_samples(stage: Stage, tmp_path: Pa
     assert state == {
         "step": 7, "optimizer": "adamw", "seed": 0, "batch_size": 6, "pictures": 24,
         "image_tokenizer": trainer.mix.context.loader.image_tokenizer, "lora": "none",
+        "upscale": "none",
     }  # fmt: skip
     model = load_model(run / "model")
     assert (model.info.grids, model.info.factor) == (((2, 3),), 16)
