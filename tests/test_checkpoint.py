@@ -1,5 +1,4 @@
 import errno
-import json
 import os
 import resource
 import shutil
@@ -16,14 +15,12 @@ from torch import Tensor, nn
 
 from mars import checkpoint, memory
 from mars.checkpoint import (
-    atomic_folder,
     check_tensors,
     load_image_tokenizer,
     load_into,
     load_model,
     read_json,
     read_tensors,
-    recover_folder,
     save_image_tokenizer,
     save_tensors,
     stored_digest,
@@ -186,91 +183,16 @@ def test_loading_keeps_the_modules_dtype() -> None:
     assert torch.equal(module.weight, torch.ones(2, 3, dtype=torch.float64))
 
 
-def fill(folder: Path, value: str) -> None:
-    with atomic_folder(folder) as new:
-        (new / "config.json").write_text(json.dumps({"value": value}))
-
-
-def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
-    folder = tmp_path / "deep" / "model"
-    fill(folder, "old")
-    with atomic_folder(folder) as new:
-        write_json(new / "config.json", {"value": "new"})
-        assert read_json(folder / "config.json") == {"value": "old"}
-    assert [file.name for file in folder.iterdir()] == ["config.json"]
-    assert read_json(folder / "config.json") == {"value": "new"}
-    assert [file.name for file in folder.parent.iterdir()] == ["model"]
-
-
-@pytest.mark.parametrize("error", [KeyError("stop"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
-def test_a_block_that_fails_leaves_the_old_folder(tmp_path: Path, error: BaseException) -> None:
-    fill(tmp_path / "model", "old")
-
-    def half() -> None:
-        with atomic_folder(tmp_path / "model") as new:
-            (new / "half").touch()
-            raise error
-
-    with pytest.raises((CheckpointError, KeyError, KeyboardInterrupt)) as caught:
-        half()
-    assert isinstance(caught.value, CheckpointError) == isinstance(error, OSError)
-    assert read_json(tmp_path / "model" / "config.json") == {"value": "old"}
-    assert [file.name for file in tmp_path.iterdir()] == ["model"]
-
-
-@pytest.mark.parametrize("failing", [1, 2])
-def test_a_folder_that_cannot_be_moved_into_place_leaves_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
-) -> None:
-    folder = tmp_path / "model"
-    fill(folder, "old")
-    moves = 0
-    replace = os.replace
-
-    def sometimes(source: Path, target: Path) -> None:
-        nonlocal moves
-        moves += 1
-        if moves == failing:
-            no_space()
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", sometimes)
-    with pytest.raises(CheckpointError, match="nothing was written"):
-        fill(folder, "new")
-    assert read_json(folder / "config.json") == {"value": "old"}
-    assert [file.name for file in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_folder_that_a_killed_process_had_moved_aside_is_put_back(tmp_path: Path) -> None:
-    fill(tmp_path / "model", "old")
-    (tmp_path / "model").rename(tmp_path / ".model.old")
-    recover_folder(tmp_path / "model")
-    assert read_json(tmp_path / "model" / "config.json") == {"value": "old"}
-    (tmp_path / "model").rename(tmp_path / ".model.old")
-    fill(tmp_path / "model", "new")
-    recover_folder(tmp_path / "model")
-    assert read_json(tmp_path / "model" / "config.json") == {"value": "new"}
-    assert [file.name for file in tmp_path.iterdir()] == ["model"]
-
-
 def test_a_saved_file_of_tensors_is_as_readable_as_any_other(tmp_path: Path) -> None:
     save_tensors(tmp_path / "new" / "a.safetensors", OLD)
     (tmp_path / "new" / "plain").touch()
     assert (tmp_path / "new" / "a.safetensors").stat().st_mode == (tmp_path / "new" / "plain").stat().st_mode
 
 
-def test_a_saved_folder_is_as_readable_as_any_other(tmp_path: Path) -> None:
-    fill(tmp_path / "model", "new")
-    (tmp_path / "plain").mkdir()
-    assert (tmp_path / "model").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot write"):
         save_tensors(tmp_path / "file" / "weights.safetensors", OLD)
-    with pytest.raises(CheckpointError, match="cannot write"):
-        fill(tmp_path / "file" / "model", "new")
 
 
 def test_the_digest_changes_with_any_byte_name_shape_or_dtype() -> None:

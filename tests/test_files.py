@@ -7,7 +7,7 @@ import pytest
 
 from mars import files
 from mars.errors import CheckpointError, DataError
-from mars.files import place_for, remembered, whole_file
+from mars.files import atomic_folder, place_for, recover_folder, remembered, whole_file
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -36,6 +36,90 @@ def test_a_block_that_fails_leaves_the_old_file(tmp_path: Path, error: BaseExcep
     if isinstance(error, OSError):
         assert str(caught.value) == f"cannot write {tmp_path / 'a.txt'}: the disk is full; nothing was written"
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.txt", "old")]
+
+
+def fill(folder: Path, value: str) -> None:
+    with atomic_folder(folder) as new:
+        (new / "value.txt").write_text(value, "utf-8")
+
+
+def value_of(folder: Path) -> str:
+    return (folder / "value.txt").read_text("utf-8")
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "model"
+    fill(folder, "old")
+    with atomic_folder(folder) as new:
+        (new / "value.txt").write_text("new", "utf-8")
+        assert value_of(folder) == "old"
+    assert [file.name for file in folder.iterdir()] == ["value.txt"]
+    assert value_of(folder) == "new"
+    assert [file.name for file in folder.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("error", [KeyError("stop"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
+def test_a_block_that_fails_leaves_the_old_folder(tmp_path: Path, error: BaseException) -> None:
+    fill(tmp_path / "model", "old")
+
+    def half() -> None:
+        with atomic_folder(tmp_path / "model") as new:
+            (new / "half").touch()
+            raise error
+
+    with pytest.raises((CheckpointError, KeyError, KeyboardInterrupt)) as caught:
+        half()
+    assert isinstance(caught.value, CheckpointError) == isinstance(error, OSError)
+    assert value_of(tmp_path / "model") == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_folder_that_cannot_be_moved_into_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    folder = tmp_path / "model"
+    fill(folder, "old")
+    moves = 0
+    replace = os.replace
+
+    def sometimes(source: Path, target: Path) -> None:
+        nonlocal moves
+        moves += 1
+        if moves == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", sometimes)
+    with pytest.raises(CheckpointError, match="nothing was written"):
+        fill(folder, "new")
+    assert value_of(folder) == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_a_killed_process_had_moved_aside_is_put_back(tmp_path: Path) -> None:
+    fill(tmp_path / "model", "old")
+    (tmp_path / "model").rename(tmp_path / ".model.old")
+    recover_folder(tmp_path / "model")
+    assert value_of(tmp_path / "model") == "old"
+    (tmp_path / "model").rename(tmp_path / ".model.old")
+    fill(tmp_path / "model", "new")
+    recover_folder(tmp_path / "model")
+    assert value_of(tmp_path / "model") == "new"
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_saved_folder_is_as_readable_as_any_other(tmp_path: Path) -> None:
+    fill(tmp_path / "model", "new")
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "model").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_folder_in_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot write .*; nothing was written") as caught:
+        fill(tmp_path / "file" / "model", "new")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_place_is_new_or_empty_or_holds_what_may_be_replaced(tmp_path: Path) -> None:

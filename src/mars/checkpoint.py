@@ -1,11 +1,7 @@
 """A folder of weights: `config.json` beside `.safetensors` files, saved whole or not at all, loaded strictly."""
 
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +14,7 @@ from torch import Tensor, nn
 
 from mars.config import from_dict, to_dict
 from mars.errors import CheckpointError, ConfigError, ModelError
-from mars.files import cache_folder, reason, remembered, whole_file
+from mars.files import cache_folder, remembered, whole_file
 from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.image_tokenizer.model import ImageTokenizer
 from mars.model.base_llm import open_base_llm
@@ -28,53 +24,6 @@ from mars.model.language_tensors import tensors_digest
 from mars.model.precision import Precision, check_model_memory, check_precision, lower_precision
 from mars.model.transformer import MarsTransformer, build_transformer
 from mars.sequence.text import TextTokenizer
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that replaces `path` when the block ends well, and vanishes when it does not.
-
-    Raises:
-        CheckpointError: if the disk is full or the place cannot be written.
-    """
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        recover_folder(path)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        temporary.mkdir()  # not tempfile.mkdtemp, whose folders are their owner's alone
-        yield temporary
-        _put(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {reason(error)}; nothing was written") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
-
-
-def recover_folder(path: Path) -> None:
-    """Puts back what a process that was killed between the two moves of `atomic_folder` had moved aside."""
-    if _aside(path).is_dir() and not path.exists():
-        os.replace(_aside(path), path)
-
-
-def _put(new: Path, path: Path) -> None:
-    """Moves a folder into place; a folder that was there is back in place if that fails."""
-    old = _aside(path)
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(path, old)
-    try:
-        os.replace(new, path)
-    except OSError:
-        if old.exists():
-            os.replace(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -7,13 +7,12 @@ import torch
 
 from mars.checkpoint import (
     ModelInfo,
-    atomic_folder,
     is_image_tokenizer,
     load_image_tokenizer,
     save_model,
 )
 from mars.errors import CheckpointError, ConfigError, ModelError, RequestError
-from mars.files import place_for
+from mars.files import atomic_folder, place_for
 from mars.hub import hub_folder, is_hub_id
 from mars.image_tokenizer.convert import PARTS, convert_image_tokenizer, find_weights
 from mars.image_tokenizer.model import ImageTokenizer

@@ -1,13 +1,15 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 import errno
 import hashlib
 import os
+import secrets
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mars.errors import MarsError
+from mars.errors import CheckpointError, MarsError
 
 
 def reason(error: Exception) -> str:
@@ -34,6 +36,53 @@ def whole_file(path: Path, *, error: type[MarsError]) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that replaces `path` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        CheckpointError: if the disk is full or the place cannot be written.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recover_folder(path)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        temporary.mkdir()  # not tempfile.mkdtemp, whose folders are their owner's alone
+        yield temporary
+        _put(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {reason(error)}; nothing was written") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def recover_folder(path: Path) -> None:
+    """Puts back what a process that was killed between the two moves of `atomic_folder` had moved aside."""
+    if _aside(path).is_dir() and not path.exists():
+        os.replace(_aside(path), path)
+
+
+def _put(new: Path, path: Path) -> None:
+    """Moves a folder into place; a folder that was there is back in place if that fails."""
+    old = _aside(path)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except OSError:
+        if old.exists():
+            os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def place_for(folder: Path, *, error: type[MarsError], may_replace: Callable[[Path], bool] = lambda _: False) -> Path:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,9 @@ from mars.model.decoding import build_decoder
 from mars.model.kernel import find_kernel
 from mars.model.language_tensors import language_shapes
 from mars.model.precision import Precision, lower_precision
-from mars.model.quantized import KERNEL_ROWS
+from mars.model.quantized import KERNEL_ROWS, QuantizedLinear
 from mars.model.transformer import MarsTransformer, build_transformer, read_prefixes, start_visual
-from mars.sequence.layout import Modality, Segment
+from mars.sequence.layout import Modality, Segment, low_image, upscaled_image
 
 PROMPTS = [[1, 5, 9, 30, 2], [1, 7], [4, 4, 4], [9]]
 
@@ -92,6 +93,40 @@ def test_a_step_of_the_kernel_is_that_of_the_layers(precision: Precision, kind: 
         assert float((found - wanted).norm() / wanted.norm()) < 2e-3
         torch.testing.assert_close(found[0], wanted[0], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(cache.store[:, 0], wanted_cache.store[:, 0], rtol=1e-3, atol=1e-3)
+
+
+@torch.inference_mode()
+def refine(transformer: MarsTransformer, *, side: int, kernel: bool) -> tuple[torch.Tensor, StaticCache]:
+    """Logits (rows, N, V) of a 4x4 grid drawn in blocks after prompts and 2x2 grids that were read."""
+    low, high = torch.arange(12).view(3, 2, 2), torch.arange(48).view(3, 4, 4) % 26
+    cache = transformer.new_static_cache(batch=3, size=32, images_only=True)
+    cache.load([read_prefixes(transformer, [prompt])[0] for prompt in PROMPTS[:3]])
+    if not kernel:
+        transformer._decoders[cache] = None
+    transformer(low_image(low, transformer.vocabulary), cache)
+    whole = upscaled_image(low, high, transformer.vocabulary, side=side)
+    assert whole.low is not None
+    found = []
+    for start in range(0, 16, side * side):
+        step = slice(start, start + side * side)
+        part = replace(whole, ids=whole.ids[:, step], low=whole.low[:, step], targets=None, start=start)
+        found.append(transformer.visual_logits(transformer(part, cache)))
+    return torch.cat(found, dim=1), cache
+
+
+@pytest.mark.parametrize("side", [1, 2], ids=["K=1", "K=4"])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_upscaling_after_an_image_uses_the_kernel_for_single_positions_only(precision: Precision, side: int) -> None:
+    transformer = build(precision, language={}, semvie={"low_input": True, "grid_embedding": True, "max_grid": 4})
+    with torch.no_grad():
+        assert isinstance(transformer.low_projection, QuantizedLinear)
+        transformer.low_projection = QuantizedLinear(torch.randn(64, 64) / 8, bits=8)  # it starts at zero
+    found, cache = refine(transformer, side=side, kernel=True)
+    assert (transformer._decoders.get(cache) is not None) is (side == 1)
+    wanted, _ = refine(transformer, side=side, kernel=False)
+    assert float((found - wanted).norm() / wanted.norm()) < 2e-3
+    transformer.low_projection = QuantizedLinear(torch.zeros(64, 64), bits=8)
+    assert not torch.allclose(refine(transformer, side=side, kernel=True)[0], found, rtol=0.1)
 
 
 @pytest.mark.parametrize("rows", [8, 9, 17])

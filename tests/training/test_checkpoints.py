@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,12 @@ def test_without_scores_there_is_no_best(checkpoints: Checkpoints) -> None:
         save(checkpoints, step)
     assert checkpoints.steps() == [2, 3]
     assert not (checkpoints.run / "best").is_symlink()
+
+
+def test_a_score_that_is_no_number_is_never_the_best(checkpoints: Checkpoints) -> None:
+    for step, score in ((1, math.nan), (2, 3.0), (3, 4.0)):
+        save(checkpoints, step, score=score)
+    assert (checkpoints.run / "best").readlink().name == "step-000002"
 
 
 def test_more_than_a_million_steps_are_in_order(checkpoints: Checkpoints) -> None:

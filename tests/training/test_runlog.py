@@ -43,6 +43,36 @@ def test_a_new_run_over_an_old_log_starts_anew(tmp_path: Path) -> None:
     assert len(lines(tmp_path)) == 1
 
 
+def test_a_log_that_cannot_be_shortened_keeps_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runlog, "find_spec", lambda name: None)
+    log = RunLog(tmp_path)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": 1.0})
+    log.close()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))  # as on a full disk, or killed on the way
+    try:
+        with pytest.raises(TrainingError, match=r"cannot write .*log\.jsonl: .*; nothing was written"):
+            RunLog(tmp_path, step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_a_resumed_run_keeps_its_checkpoints_own_step_in_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        log = RunLog(tmp_path, step=start)
+        for step in steps:
+            log.write(step, {"loss": 10.0 * start + step})
+        log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(one.step, one.value) for one in events.Scalars("loss")] == [(1, 1), (2, 2), (3, 23), (4, 24)]
+
+
 def test_tensorboard_gets_numbers_and_pictures(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mars.config import from_dict
+from mars.errors import ConfigError
 from mars.training.process import Process
 from mars.training.setup import open_stage
 from mars.training.stages import StageConfig
@@ -169,13 +170,14 @@ def test_flops_of_captions_count_when_they_are_read(mix: Callable[..., TaskMix])
     task, batch = tasks.draw(0)
     assert isinstance(task, TextToImage)
     task.losses(batch)
-    first = task.flops(batch)
+    first, read = task.flops(batch), list(tasks.context.prefixes.lengths)
     task.losses(batch)
     again = task.flops(batch)
+    assert tasks.context.prefixes.lengths == []
     count = tasks.context.flops
     alone = sum(count.train_text_to_image(caption=len(one.prompt), codes=6) for one in batch)
     assert again < alone < first  # the first also read captions of the next steps
-    assert first - again == sum(count.read_text(length) for length in tasks.context.prefixes.lengths)
+    assert first - again == sum(count.read_text(length) for length in read)
 
 
 def test_held_out_pictures_have_their_captions_and_are_others(stage: Stage, mix: Callable[..., TaskMix]) -> None:
@@ -187,3 +189,11 @@ def test_held_out_pictures_have_their_captions_and_are_others(stage: Stage, mix:
     assert mix(tasks={"text_to_image": 1.0}).main.held_out() == []
     halves = [mix(data=data, process=OneOf(rank, 3)).main.held_out() for rank in range(3)]
     assert [len(half) for half in halves] == [2, 2, 2]  # all processes have as many
+    assert mix(data=data, process=OneOf(0, 9), batch_size=9).main.held_out() == []
+
+
+def test_captions_of_a_language_without_a_hint_are_one_line(stage: Stage, mix: Callable[..., TaskMix]) -> None:
+    data = stage()["data"] | {"languages": {"en": 1.0, "und": 0.5}}
+    mix(data=data, tasks={"text_to_image": 1.0})
+    with pytest.raises(ConfigError, match=r"data\.languages must be some of en, zh for tasks\.captioning, got und"):
+        mix(data=data)

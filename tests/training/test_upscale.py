@@ -159,6 +159,12 @@ def test_a_stage_that_is_continued_is_the_whole_one_to_the_bit(
     assert all(torch.equal(value, right[name]) for name, value in resumed.transformer.visual_tensors().items())
 
 
+def test_a_run_is_not_resumed_with_another_k(upscaling: dict[str, Any]) -> None:
+    Trainer(from_dict(StageConfig, upscaling)).save()
+    with pytest.raises(ConfigError, match="upscale must stay .*: 4.*, with which .* was trained, got .*: 1"):
+        Trainer(from_dict(StageConfig, upscaling | {"upscale": {"codes_per_step": 1}}))
+
+
 def test_a_model_that_upscales_is_continued_with_another_k(upscaling: dict[str, Any], tmp_path: Path) -> None:
     first = Trainer(from_dict(StageConfig, upscaling | {"steps": 2, "upscale": {"codes_per_step": 1}}))
     first.train()

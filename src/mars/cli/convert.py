@@ -31,9 +31,9 @@ def image_tokenizer(
     """Turn a VQ-GAN of another project into an image tokenizer of ours."""
     import torch
 
-    from mars.checkpoint import atomic_folder, save_image_tokenizer
+    from mars.checkpoint import save_image_tokenizer
     from mars.errors import CheckpointError
-    from mars.files import place_for
+    from mars.files import atomic_folder, place_for
     from mars.image_tokenizer.convert import convert_image_tokenizer
 
     place = place_for(out, error=CheckpointError)

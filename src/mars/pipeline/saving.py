@@ -7,7 +7,6 @@ from typing import Any
 
 from mars.checkpoint import (
     MarsModel,
-    atomic_folder,
     is_whole_model,
     language_source,
     read_json,
@@ -15,7 +14,7 @@ from mars.checkpoint import (
     stored_digest,
 )
 from mars.errors import CheckpointError
-from mars.files import place_for
+from mars.files import atomic_folder, place_for
 
 
 def save_with_card(model: MarsModel, folder: Path, *, report: Path | None, hub_id: str | None = None) -> None:

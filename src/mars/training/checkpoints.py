@@ -6,6 +6,7 @@ RUN/last                       a link to the newest
 RUN/best                       a link to the one with the lowest score
 """
 
+import math
 import os
 import re
 import shutil
@@ -13,9 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mars.checkpoint import read_json, recover_folder
+from mars.checkpoint import read_json
 from mars.errors import CheckpointError
-from mars.files import reason
+from mars.files import reason, recover_folder
 from mars.training.process import Process
 from mars.training.runstate import FILE, check_files
 
@@ -111,7 +112,7 @@ class Checkpoints:
             score = read_json(self.at(step) / FILE)["progress"]["score"]
         except (CheckpointError, KeyError, TypeError):
             return None
-        return float(score) if isinstance(score, int | float) else None
+        return float(score) if isinstance(score, int | float) and math.isfinite(score) else None
 
     def _link(self, name: str, target: Path) -> None:
         partial = self.run / f".{name}.link"

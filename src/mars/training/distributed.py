@@ -27,8 +27,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mars.checkpoint import atomic_folder, copy_tensors
+from mars.checkpoint import copy_tensors
 from mars.errors import CheckpointError, ConfigError, MarsError
+from mars.files import atomic_folder
 from mars.model.layers import Norm
 from mars.model.semvie import SemVIELayer
 from mars.model.transformer import MarsTransformer

@@ -28,7 +28,7 @@ class PrefixStore:
         self.held = 0
         self.prefixes: dict[tuple[int, ...], Prefix] = {}
         self.lengths: list[int] = []
-        """Of all rows read so far: what was computed."""
+        """Of all rows that the last `get` read: what was computed."""
 
     @torch.no_grad()
     def get(self, rows: Sequence[Sequence[int]], *, ahead: Iterable[Sequence[int]] = ()) -> list[Prefix]:
@@ -38,10 +38,12 @@ class PrefixStore:
             ahead: rows that will be asked for soon. Read along when something must be read at all, as far as they fit
                 into half of the memory: many captions of one length cost less than few of many lengths.
         """
+        self.lengths = []
         keys = [tuple(row) for row in rows]
         found = {key: self.prefixes[key] for key in keys if key in self.prefixes}
         missing = {key for key in keys if key not in found}
-        found |= self._read_all(missing | self._soon(ahead) if missing else set())
+        soon = self._soon(ahead) if missing and self.limit else set()
+        found |= self._read_all(missing | soon)
         for key in found:
             if key in self.prefixes:
                 del self.prefixes[key]

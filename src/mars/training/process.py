@@ -12,8 +12,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from mars.checkpoint import atomic_folder, copy_tensors, save_tensors
+from mars.checkpoint import copy_tensors, save_tensors
 from mars.errors import ConfigError
+from mars.files import atomic_folder
 from mars.model.transformer import MarsTransformer
 from mars.training.parts import read_parts
 

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from mars.errors import TrainingError
-from mars.files import reason
+from mars.files import reason, whole_file
 
 
 def _step_of(line: str) -> float:
@@ -22,22 +22,24 @@ def _step_of(line: str) -> float:
 
 
 class RunLog:
-    """Appends to a run's folder; a resumed run drops what an earlier one wrote beyond its checkpoint."""
+    """Appends to a run's folder; a resumed run drops what an earlier one wrote beyond its checkpoint.
+
+    Raises:
+        TrainingError: if the folder cannot be written; what was in the log stays.
+    """
 
     def __init__(self, folder: Path, *, step: int = 0) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / "log.jsonl"
-        if path.is_file():
-            lines = path.read_text("utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= step]
-            path.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+        with whole_file(path, error=TrainingError) as partial:  # a process that is killed here has lost no line
+            partial.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step), "utf-8")
         self.file = path.open("a", encoding="utf-8")
         self.board: Any = None
         if find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)  # it drops that step too
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of numbers; TrainingError if it cannot be written."""

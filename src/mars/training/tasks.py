@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mars.data.loader import Sample, padding
 from mars.data.shards import Caption
+from mars.errors import ConfigError
 from mars.model.cache import Prefix
 from mars.sequence.text import CAPTION_HINTS
 from mars.training.cross_entropy import token_loss
@@ -103,15 +104,16 @@ class TextToImage(Task[Drawing]):
             return []
         count = min(HELD_OUT, len(loader))
         count -= count % self.context.process.world  # all processes have as many
+        if not count:
+            return []
         samples = loader.batch(0, count, rank=self.context.process.rank, ranks=self.context.process.world)
         return [self._example(sample, sample.caption.text) for sample in samples]
 
     def losses(self, batch: Sequence[Drawing]) -> dict[str, Tensor]:
         """Of the codes, and of `<img>` after the caption."""
         context, config = self.context, self.context.config
-        before = len(context.prefixes.lengths)
         prefixes = context.prefixes.get([one.prompt for one in batch], ahead=self.ahead())
-        self.read = sum(context.flops.read_text(length) for length in context.prefixes.lengths[before:])
+        self.read = sum(context.flops.read_text(length) for length in context.prefixes.lengths)
         states_ND, targets_N = self._states(batch, prefixes)
         found = token_loss(states_ND, context.transformer.visual_table, targets_N, z_loss=config.z_loss)
         begin = begin_image_loss(context.transformer, prefixes)
@@ -181,12 +183,22 @@ class Reading:
 
 
 class Captioning(Task[Reading]):
-    """Writes the caption of a picture, in the caption's language."""
+    """Writes the caption of a picture, in the caption's language.
+
+    Raises:
+        ConfigError: if the configuration asks for captions in a language that has no hint.
+    """
 
     name = "captioning"
 
     def __init__(self, context: TaskContext) -> None:
         self.context = context
+        for language, share in context.config.data.languages.items():
+            if share and language not in CAPTION_HINTS:
+                raise ConfigError(
+                    f"data.languages must be some of {', '.join(CAPTION_HINTS)} for tasks.captioning, got {language}; "
+                    "leave the task or the language out"
+                )
 
     def draw(self, number: int, generator: torch.Generator) -> list[Reading]:  # noqa: ARG002
         """Whole pictures and their captions, of nearly equal length: the text is most of the work, and so padding."""

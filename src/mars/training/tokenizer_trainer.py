@@ -14,16 +14,15 @@ from PIL import Image
 from torch import Tensor
 
 from mars.checkpoint import (
-    atomic_folder,
     load_into,
     read_tensors,
-    recover_folder,
     save_image_tokenizer,
     save_tensors,
     write_json,
 )
 from mars.data.shards import read_pictures
 from mars.errors import ConfigError, DataError
+from mars.files import atomic_folder, recover_folder
 from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.image_tokenizer.losses import (
     PatchDiscriminator,

@@ -100,6 +100,7 @@ class Trainer:
             "image_tokenizer": opened.loader.image_tokenizer,
             "pictures": len(opened.loader),
             "lora": "none" if config.lora is None else json.dumps(asdict(config.lora)),
+            "upscale": json.dumps(asdict(config.upscale)) if "upscale" in config.mix else "none",
         }
         """What decides the samples of each step; steps, rates and shares may change in a run that is continued."""
         self.checkpoints = Checkpoints(config.out, keep=config.keep, process=self.process)
@@ -121,8 +122,8 @@ class Trainer:
             stopping: asked after each step; once true, the step is saved and the run ends.
 
         Raises:
-            TrainingError: if too many steps in a row are not finite.
-            CheckpointError: if a checkpoint or the log cannot be written; the checkpoint before stays.
+            TrainingError: if too many steps in a row are not finite, or the log cannot be written.
+            CheckpointError: if a checkpoint cannot be written; the checkpoint before stays.
         """
         if not self.process.is_main:
             return self._loop(None, report=None, sampler=sampler, stopping=stopping)
