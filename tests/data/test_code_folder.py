@@ -207,9 +207,46 @@ def test_a_shard_that_was_changed_is_refused(tiny_pictures: Path, encoder: Encod
     assert encode_folder(shard, encoder=encoder, out=tmp_path / "out", engine=engine) == EncodedSet(
         pictures=32, refused=0
     )
-    shard.write_bytes(tiny_pictures.read_bytes() + bytes(10240))
+    before = contents(tmp_path / "out")
+    shard.write_bytes(tiny_pictures.read_bytes().replace(b'"language": "en"', b'"language": "zh"'))  # of the same size
+    assert shard.read_bytes() != tiny_pictures.read_bytes()
     with pytest.raises(DataError, match=r"codes of another a.tar; name another folder"):
         encode_folder(shard, encoder=encoder, out=tmp_path / "out", engine=engine)
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_set_without_a_picture_that_can_be_encoded_is_an_error(encoder: Encoder, tmp_path: Path) -> None:
+    for count, message in ((0, "holds no pictures to encode"), (3, r"none of 3 pictures .* \(not a picture")):
+        with ShardFolder(tmp_path / f"in{count}", settings={}) as folder:
+            for number in range(count):
+                record = Record(
+                    key=f"k{number}", concept="", style="", split="train", source="", licence="", captions=()
+                )
+                folder.add(Picture(record=record, content=b"spoiled"), consumed=number)
+            folder.finish()
+        out = tmp_path / f"out{count}"
+        for _ in range(2):  # it stays one
+            with pytest.raises(DataError, match=message):
+                encode_folder(tmp_path / f"in{count}", encoder=encoder, out=out, engine=local_engine(workers=0))
+    assert not (tmp_path / "out0").exists()
+    assert len((tmp_path / "out3" / "quarantine.jsonl").read_text("utf-8").splitlines()) == 3
+
+
+def test_engines_are_told_whole_paths(
+    tiny_pictures: Path, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process of a cluster may begin in another folder."""
+    (tmp_path / "a.tar").write_bytes(tiny_pictures.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    told: list[Path] = []
+
+    def engine(shards: Sequence[Path], writer: ShardWriter, progress: Callable[[int], None]) -> None:
+        told.extend([*shards, writer.out, writer.encoder.folder])
+        local_engine(workers=0)(shards, writer, progress)
+
+    encode_folder(Path("a.tar"), encoder=encoder, out=Path("out"), engine=engine)
+    assert told[:2] == [tmp_path / "a.tar", tmp_path / "out"]
+    assert all(path.is_absolute() for path in told)
 
 
 def test_two_runs_do_not_write_one_folder(tiny_pictures: Path, encoder: Encoder, tmp_path: Path) -> None:

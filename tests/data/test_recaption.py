@@ -169,6 +169,15 @@ def test_a_language_that_is_there_is_not_asked_for(tmp_path: Path) -> None:
     assert {language for _, language in writer.asked} == {"en"}
 
 
+def test_progress_reaches_the_end(source: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    recaption(
+        source, out=tmp_path / "out", captioner=Writer(), languages=["en"], cache=tmp_path / "c",
+        progress=lambda *done: told.append(done),
+    )  # fmt: skip
+    assert told == [(number, PICTURES) for number in range(1, PICTURES + 1)]
+
+
 def test_a_captioner_that_is_gone_ends_the_run_which_then_goes_on(source: Path, tmp_path: Path) -> None:
     big = write_set(tmp_path / "big", count=GIVE_UP + 10)
 

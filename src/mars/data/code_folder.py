@@ -2,7 +2,7 @@
 
     dataset.json                who wrote it with which settings, whether it is finished, and counts
     128/shard-000000.parquet    codes of the pictures of shard-000000.tar at 128 pixels; without sizes, not in a folder
-    shard-000000.json           counts, refused pictures, SHA-256 of the files
+    shard-000000.json           counts, refused pictures, SHA-256 of the picture shard and of the files
     quarantine.jsonl            when finished: one line per picture that was refused, with the reason
 
 A shard counts once its JSON is there and its files are what it says; any other is made again, from its pictures
@@ -13,7 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from mars.data.encode import BLOCK, PIXELS, Encoder, Outcome, blocks
-from mars.data.shards import INDEX, CodedPicture, Picture, read_pictures, shard_paths, write_codes
+from mars.data.picture_set import shard_digests
+from mars.data.shards import INDEX, CodedPicture, Picture, read_pictures, write_codes
 from mars.data.workers import WorkerDied, in_order
 from mars.errors import DataError
 from mars.files import place_for, reason, whole_file
@@ -45,6 +46,8 @@ class ShardWriter:
 
     encoder: Encoder
     out: Path
+    digests: Mapping[Path, str]
+    """SHA-256 of each picture shard."""
 
     def write(self, shard: Path, encoded: Iterable[tuple[list[Picture], list[Outcome] | WorkerDied]]) -> None:
         """Writes the files of a shard from its blocks, its JSON last."""
@@ -68,7 +71,7 @@ class ShardWriter:
                 path = Path(size) / f"{shard.stem}.parquet"
                 write_codes(self.out / path, items, tokenizer=self.encoder.digest)
                 files[path.as_posix()] = _digest(self.out / path)
-        found = {"pictures": total, "bytes": shard.stat().st_size, "files": files, "refused": refused}
+        found = {"pictures": total, "sha256": self.digests[shard], "files": files, "refused": refused}
         _write_json(self.out / f"{shard.stem}.json", found)
 
 
@@ -112,15 +115,19 @@ def encode_folder(
     """Encodes a picture shard, or a folder of them, into a folder of code shards; continues one that was stopped.
 
     Raises:
-        DataError: if pictures cannot be read, or the folder holds something else, was made with other settings or
-            from other shards, is being written by another process, or cannot be written.
+        DataError: if pictures cannot be read, or none of them be encoded, or the folder holds something else, was made
+            with other settings or from other shards, is being written by another process, or cannot be written.
     """
-    shards = shard_paths(pictures)
+    pictures = pictures.absolute()  # a process of a cluster may begin in another folder
+    digests = shard_digests(pictures)
+    if not digests:
+        raise DataError(f"{pictures} holds no pictures to encode; see what the command that made it dropped")
+    shards = list(digests)
     out = place_for(out, error=DataError, may_replace=_may_continue)
     settings = {"image_tokenizer": encoder.digest, **asdict(encoder.sizes), "block": BLOCK, "pixels": PIXELS}
     index: dict[str, Any] = {"finished": False, "settings": json.loads(json.dumps(settings))}
     with _locked(out):
-        known = _known(out, shards=shards, settings=index["settings"])
+        known = _known(out, digests=digests, settings=index["settings"])
         todo = [shard for shard in shards if shard not in known]
         done, total = sum(known.values()), _total(pictures)
 
@@ -133,12 +140,15 @@ def encode_folder(
         if todo:
             _write_json(out / INDEX, index)
             told(0)
-            engine(todo, ShardWriter(encoder=encoder, out=out), told)
-        refused = [entry for shard in shards for entry in _read_json(out / f"{shard.stem}.json")["refused"]]
+            engine(todo, ShardWriter(encoder=encoder, out=out, digests=digests), told)
+        refused = [entry for shard in digests for entry in _read_json(out / f"{shard.stem}.json")["refused"]]
         with whole_file(out / "quarantine.jsonl", error=DataError) as partial_file:
             lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in refused]
             partial_file.write_text("".join(lines), "utf-8")
         found = EncodedSet(pictures=done - len(refused), refused=len(refused))
+        if not found.pictures:
+            why = refused[0]["reason"] if refused else "there are none"
+            raise DataError(f"none of {done:,} pictures of {pictures} can be encoded ({why}); {out} lists them")
         _write_json(out / INDEX, {"finished": True, **asdict(found), "settings": index["settings"]})
     return found
 
@@ -164,7 +174,7 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _known(out: Path, *, shards: Sequence[Path], settings: dict[str, Any]) -> dict[Path, int]:
+def _known(out: Path, *, digests: Mapping[Path, str], settings: dict[str, Any]) -> dict[Path, int]:
     """Shards whose codes are there, with how many pictures they have."""
     if not (out / INDEX).is_file():
         return {}
@@ -176,16 +186,17 @@ def _known(out: Path, *, shards: Sequence[Path], settings: dict[str, Any]) -> di
                 "name another folder, or remove it"
             )
     there = {path.stem: path for path in out.glob("*.json") if path.name != INDEX}
-    if strangers := sorted(there.keys() - {shard.stem for shard in shards}):
+    if strangers := sorted(there.keys() - {shard.stem for shard in digests}):
         raise DataError(f"{out} holds codes of other shards, such as {strangers[0]}; name another folder, or remove it")
     known = {}
-    for shard in shards:
-        found = _read_json(there[shard.stem]) if shard.stem in there else None
-        if found is None or any(_digest(out / name) != digest for name, digest in found["files"].items()):
-            continue  # to be made again
-        if found["bytes"] != shard.stat().st_size:
+    for shard, digest in digests.items():
+        if shard.stem not in there:
+            continue
+        found = _read_json(there[shard.stem])
+        if found.get("sha256") != digest:
             raise DataError(f"{out} holds codes of another {shard.name}; name another folder, or remove it")
-        known[shard] = found["pictures"]
+        if all(_digest(out / name) == made for name, made in found["files"].items()):  # else they are made again
+            known[shard] = found["pictures"]
     return known
 
 

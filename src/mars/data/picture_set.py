@@ -8,24 +8,32 @@ from mars.data.shards import INDEX, read_pictures, shard_paths
 from mars.errors import DataError
 
 
-def set_digest(source: Path) -> str:
-    """SHA-256 over the digests of its shards, which a folder of shards keeps; one tar is read whole.
+def shard_digests(source: Path) -> dict[Path, str]:
+    """SHA-256 of each shard, in order, which a folder of shards keeps; one tar is read whole.
 
     Raises:
         DataError: if there is no picture set.
     """
-    whole = hashlib.sha256()
+    digests = {}
     try:
         for shard in shard_paths(source):
             if source.is_dir():
-                digest = str(json.loads(shard.with_suffix(".json").read_text("utf-8"))["sha256"])
+                digests[shard] = str(json.loads(shard.with_suffix(".json").read_text("utf-8"))["sha256"])
             else:
                 with shard.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-            whole.update(digest.encode())
+                    digests[shard] = hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{source} is not a whole picture set ({error}); make it again") from error
-    return whole.hexdigest()
+    return digests
+
+
+def set_digest(source: Path) -> str:
+    """SHA-256 over the digests of its shards.
+
+    Raises:
+        DataError: if there is no picture set.
+    """
+    return hashlib.sha256("".join(shard_digests(source).values()).encode()).hexdigest()
 
 
 def set_size(source: Path) -> int:

@@ -203,10 +203,9 @@ class _Run:
             for place, picture in enumerate(islice(read_pictures(source), start, None), start):
                 waiting.append((place, picture, asyncio.create_task(self._captions(picture))))
                 if len(waiting) >= AHEAD * self.captioner.at_once:
-                    await self._write(*waiting.popleft())
-                    progress(place)
+                    progress(await self._write(*waiting.popleft()))
             while waiting:
-                await self._write(*waiting.popleft())
+                progress(await self._write(*waiting.popleft()))
             if self._unanswered and not self._answered:  # a set of a few pictures: it was never there
                 self._give_up()
         finally:
@@ -215,7 +214,8 @@ class _Run:
             await asyncio.gather(*(task for *_, task in waiting), return_exceptions=True)
             await self.captioner.close()
 
-    async def _write(self, place: int, picture: Picture, task: asyncio.Task[_Found]) -> None:
+    async def _write(self, place: int, picture: Picture, task: asyncio.Task[_Found]) -> int:
+        """Adds a picture with what was found; returns how many are done."""
         found, record = await task, picture.record
         self._answered = self._answered or found.answered
         self._unanswered = [] if found.answered else [*self._unanswered, found.faults[-1][1]]
@@ -226,6 +226,7 @@ class _Run:
             self.folder.note("quarantine", note)
         captions = (*record.captions, *found.captions)
         self.folder.add(replace(picture, record=replace(record, captions=captions)), consumed=place + 1)
+        return place + 1
 
     def _give_up(self) -> None:
         raise DataError(

@@ -120,7 +120,7 @@ def test_a_picture_needs_captions(
 
 
 class Width:
-    """Scores narrow pictures only."""
+    """Scores narrow pictures only; of the widest it says that they are no number."""
 
     name = "width"
 
@@ -129,15 +129,16 @@ class Width:
 
     def score(self, images: Sequence[Image.Image], captions: Sequence[Sequence[Caption]]) -> list[float | None]:
         assert [len(several) for several in captions] == [1] * len(images)
-        return [float(image.width) if image.width < 200 else None for image in images]
+        unknown = {200: None, 300: float("nan")}
+        return [unknown.get(image.width, float(image.width)) for image in images]
 
 
 def test_scores_are_kept_and_have_limits(make_picture: Callable[..., Picture]) -> None:
-    sizes = [(70, 70), (80, 80), (90, 90), (100, 100), (200, 200), (20, 20)]
+    sizes = [(70, 70), (80, 80), (90, 90), (100, 100), (200, 200), (300, 300), (20, 20)]
     pictures = [make_picture(size=size) for size in sizes]
     found = judge(*pictures, scorers=[{"scorer": f"{__name__}:Width", "least": 80, "most": 90}])
-    assert [one.rule for one in found] == ["width", "", "", "width", "", "side"]
-    assert [one.scores for one in found] == [{"width": 70}, {"width": 80}, {"width": 90}, {"width": 100}, {}, {}]
+    assert [one.rule for one in found] == ["width", "", "", "width", "", "", "side"]
+    assert [one.scores for one in found] == [{"width": 70}, {"width": 80}, {"width": 90}, {"width": 100}, {}, {}, {}]
     assert found[0].value == "70"
 
 

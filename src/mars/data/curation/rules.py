@@ -5,6 +5,7 @@ Knows nothing of other pictures (`duplicates`) and nothing of files.
 
 import io
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -111,7 +112,7 @@ class Judge:
             images = [image for _, image in waiting]
             captions = [kept_captions(pictures[place].record, found[place]) for place, _ in waiting]
             for (place, _), score in zip(waiting, scorer.score(images, captions), strict=True):
-                if score is None:
+                if score is None or not math.isfinite(score):
                     continue
                 scores = {**found[place].scores, scorer.name: score}
                 dropped = not (_or(limits.least, score) <= score <= _or(limits.most, score))

@@ -23,7 +23,8 @@ class Scorer(Protocol):
         """By which scores are stored and reported."""
 
     def score(self, images: Sequence[Image.Image], captions: Sequence[Sequence[Caption]]) -> list[float | None]:
-        """A number for each RGB picture and its captions; None where it cannot be judged, and is not dropped."""
+        """A number for each RGB picture and its captions; None (or NaN) where it cannot be judged, and is not
+        dropped."""
 
 
 def open_scorer(config: ScorerConfig) -> Scorer:
