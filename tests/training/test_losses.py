@@ -1,29 +1,13 @@
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from mars.model.transformer import MarsTransformer, read_prefixes
 from mars.sequence.layout import drawn_image, read_image, text_segment
 from mars.training.losses import begin_image_loss, captioning_loss, text_to_image_loss
+from tests.training.conftest import gradients
 
 ROWS = [[1, 40, 41, 42], [1], [1, 50, 51], [1, 40, 41, 42]]
 CODES = torch.arange(24).view(4, 2, 3)
-
-
-@pytest.fixture(params=["paper", "pocket"])
-def transformer(
-    request: pytest.FixtureRequest, build_tiny: Callable[..., MarsTransformer], pocket: dict[str, Any]
-) -> MarsTransformer:
-    return build_tiny(**(pocket if request.param == "pocket" else {}))
-
-
-def gradients(transformer: MarsTransformer, loss: Tensor) -> dict[str, Tensor]:
-    transformer.zero_grad()
-    loss.backward()
-    return {name: weight.grad.clone() for name, weight in transformer.named_parameters() if weight.grad is not None}
 
 
 def test_text_to_image_is_the_mean_surprise_of_each_code(transformer: MarsTransformer) -> None:

@@ -11,22 +11,10 @@ from mars.model.language_tensors import language_shapes
 from mars.model.transformer import MarsTransformer, build_transformer, read_prefixes
 from mars.training.losses import text_to_image_loss
 from mars.training.prefixes import PrefixStore
+from tests.training.conftest import gradients
 
 ROWS = [[1, 40, 41, 42], [1], [1, 50, 51], [1, 40, 41, 42]]
 CODES = torch.arange(24).view(4, 2, 3)
-
-
-@pytest.fixture(params=["paper", "pocket"])
-def transformer(
-    request: pytest.FixtureRequest, build_tiny: Callable[..., MarsTransformer], pocket: dict[str, Any]
-) -> MarsTransformer:
-    return build_tiny(**(pocket if request.param == "pocket" else {}))
-
-
-def gradients(transformer: MarsTransformer, loss: Tensor) -> dict[str, Tensor]:
-    transformer.zero_grad()
-    loss.backward()
-    return {name: weight.grad.clone() for name, weight in transformer.named_parameters() if weight.grad is not None}
 
 
 def store_bytes(store: PrefixStore) -> int:

@@ -23,6 +23,7 @@ from typing import Any
 
 from mars.data.encode import BLOCK, PIXELS, Encoder, Outcome, blocks
 from mars.data.picture_set import shard_digests
+from mars.data.shard_folder import read_description
 from mars.data.shards import INDEX, CodedPicture, Picture, read_pictures, write_codes
 from mars.data.workers import WorkerDied, in_order
 from mars.errors import DataError
@@ -141,7 +142,7 @@ def encode_folder(
             _write_json(out / INDEX, index)
             told(0)
             engine(todo, ShardWriter(encoder=encoder, out=out, digests=digests), told)
-        refused = [entry for shard in digests for entry in _read_json(out / f"{shard.stem}.json")["refused"]]
+        refused = [entry for shard in digests for entry in read_description(out / f"{shard.stem}.json")["refused"]]
         with whole_file(out / "quarantine.jsonl", error=DataError) as partial_file:
             lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in refused]
             partial_file.write_text("".join(lines), "utf-8")
@@ -178,7 +179,7 @@ def _known(out: Path, *, digests: Mapping[Path, str], settings: dict[str, Any]) 
     """Shards whose codes are there, with how many pictures they have."""
     if not (out / INDEX).is_file():
         return {}
-    made = _read_json(out / INDEX)["settings"]
+    made = read_description(out / INDEX)["settings"]
     for name in settings:
         if made.get(name) != settings[name]:
             raise DataError(
@@ -192,7 +193,7 @@ def _known(out: Path, *, digests: Mapping[Path, str], settings: dict[str, Any]) 
     for shard, digest in digests.items():
         if shard.stem not in there:
             continue
-        found = _read_json(there[shard.stem])
+        found = read_description(there[shard.stem])
         if found.get("sha256") != digest:
             raise DataError(f"{out} holds codes of another {shard.name}; name another folder, or remove it")
         if all(_digest(out / name) == made for name, made in found["files"].items()):  # else they are made again
@@ -202,7 +203,7 @@ def _known(out: Path, *, digests: Mapping[Path, str], settings: dict[str, Any]) 
 
 def _total(pictures: Path) -> int | None:
     """How many pictures a folder says it has."""
-    return _read_json(pictures / INDEX).get("pictures") if pictures.is_dir() else None
+    return read_description(pictures / INDEX).get("pictures") if pictures.is_dir() else None
 
 
 def _digest(path: Path) -> str | None:
@@ -216,11 +217,3 @@ def _digest(path: Path) -> str | None:
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     with whole_file(path, error=DataError) as partial_file:
         partial_file.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged ({error}); remove {path.parent} and make it again") from error
-    return found

@@ -171,7 +171,7 @@ class ShardFolder:
     def _open(self) -> None:
         """Reads what is there, and throws away what does not count."""
         if (self.path / INDEX).is_file():
-            known = _read_json(self.path / INDEX)
+            known = read_description(self.path / INDEX)
             self._refuse_other(known["settings"])
         else:
             (self.path / "README.md").write_text(_README, "utf-8")
@@ -179,7 +179,7 @@ class ShardFolder:
             known = {"finished": False}
         sizes = dict.fromkeys(self.lines, 0)
         while (described := self.path / f"shard-{len(self.shards):06d}.json").is_file():
-            shard, name = _read_json(described), f"{described.stem}.tar"
+            shard, name = read_description(described), f"{described.stem}.tar"
             with suppress(OSError):
                 if (self.path / name).stat().st_size == shard["bytes"]:
                     self.shards.append(name)
@@ -270,7 +270,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_description(path: Path) -> dict[str, Any]:
+    """What a folder or a shard says of itself; DataError if it cannot be read."""
     try:
         found: dict[str, Any] = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
