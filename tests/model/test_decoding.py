@@ -1,3 +1,4 @@
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -53,14 +54,14 @@ def draw(transformer: MarsTransformer, rows: int, *, kernel: bool) -> tuple[torc
     cache = transformer.new_static_cache(batch=rows, size=16, images_only=True)
     cache.load([read_prefixes(transformer, [PROMPTS[row % len(PROMPTS)]])[0] for row in range(rows)])
     if not kernel:
-        transformer._decoders[cache] = None
+        cache.sought = True
     ids = torch.full((rows, 1), transformer.vocabulary.image_start)
     found = []
     for place in range(6):
         segment = Segment(modality=Modality.IMAGE, ids=ids, columns=3, start=place)
         found.append(transformer.visual_logits(transformer(segment, cache)[:, 0]))
         ids = torch.full((rows, 1), transformer.vocabulary.first_code + place) + torch.arange(rows)[:, None] % 20
-    assert (transformer._decoders[cache] is not None) is kernel
+    assert (cache.decoder is not None) is kernel
     return torch.stack(found), cache
 
 
@@ -102,7 +103,7 @@ def refine(transformer: MarsTransformer, *, side: int, kernel: bool) -> tuple[to
     cache = transformer.new_static_cache(batch=3, size=32, images_only=True)
     cache.load([read_prefixes(transformer, [prompt])[0] for prompt in PROMPTS[:3]])
     if not kernel:
-        transformer._decoders[cache] = None
+        cache.sought = True
     transformer(low_image(low, transformer.vocabulary), cache)
     whole = upscaled_image(low, high, transformer.vocabulary, side=side)
     assert whole.low is not None
@@ -122,7 +123,7 @@ def test_upscaling_after_an_image_uses_the_kernel_for_single_positions_only(prec
         assert isinstance(transformer.low_projection, QuantizedLinear)
         transformer.low_projection = QuantizedLinear(torch.randn(64, 64) / 8, bits=8)  # it starts at zero
     found, cache = refine(transformer, side=side, kernel=True)
-    assert (transformer._decoders.get(cache) is not None) is (side == 1)
+    assert (cache.decoder is not None) is (side == 1)
     wanted, _ = refine(transformer, side=side, kernel=False)
     assert float((found - wanted).norm() / wanted.norm()) < 2e-3
     transformer.low_projection = QuantizedLinear(torch.zeros(64, 64), bits=8)
@@ -158,3 +159,9 @@ def test_what_it_cannot_take_is_left_to_the_layers() -> None:
     few = build("int8", language={}, semvie={})
     assert build_decoder(few.layers, few.new_static_cache(batch=KERNEL_ROWS, size=8)) is not None
     assert build_decoder(few.layers, few.new_static_cache(batch=KERNEL_ROWS + 1, size=8)) is None
+
+
+def test_a_model_that_has_drawn_can_be_sent_to_another_process() -> None:
+    transformer = build("int8", language={}, semvie={})
+    wanted, _ = draw(transformer, 2, kernel=True)
+    assert torch.equal(draw(pickle.loads(pickle.dumps(transformer)), 2, kernel=True)[0], wanted)

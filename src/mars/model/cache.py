@@ -16,12 +16,16 @@ Letters: B batch, T new positions, S columns so far, G key/value heads, E head w
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mars.errors import RequestError
 from mars.sequence.layout import Modality, Segment
+
+if TYPE_CHECKING:
+    from mars.model.decoding import Decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +178,10 @@ class StaticCache(Cache):
         """Real columns of the tracks `text` (0) and `all` (1)."""
         self.used = {True: 0, False: 0}
         self.new = 0
+        self.decoder: Decoder | None = None
+        """The kernel's way through the layers beside this cache, if there is one."""
+        self.sought = False
+        """Whether a step has looked for it."""
 
     def _extend_mask(self, real: Tensor, segment: Segment, *, track: bool) -> Tensor | None:
         start, self.new = self.used[track], real.shape[1]

@@ -10,7 +10,6 @@ Letters: B batch, T positions, D width of the segment's modality, V text vocabul
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +54,6 @@ class MarsTransformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self._decoders: WeakKeyDictionary[StaticCache, Decoder | None] = WeakKeyDictionary()
         self.recompute = False
         """Whether layers keep no activations for a backward pass, and compute them again there."""
         self.compiled = False
@@ -110,9 +108,9 @@ class MarsTransformer(nn.Module):
         """The kernel's way through the layers, for a single position of each row; built when a cache first asks."""
         if cache.new != 1:
             return None
-        if cache not in self._decoders:
-            self._decoders[cache] = build_decoder(self.layers, cache)
-        return self._decoders[cache]
+        if not cache.sought:
+            cache.decoder, cache.sought = build_decoder(self.layers, cache), True
+        return cache.decoder
 
     def _run(
         self, layer: nn.Module, x_BTD: Tensor, modality: Modality, *, cache: Cache, rotary: Tensor, mask: Tensor | None
