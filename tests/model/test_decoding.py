@@ -179,7 +179,7 @@ def test_copies_in_fp16_follow_the_weights_and_fp16_loses_nothing() -> None:
         transformer.visual_head.weight.neg_()
     torch.testing.assert_close(draw(transformer, 2, kernel=True)[0], -found)
     with torch.no_grad():
-        transformer.layers[0].visual.q_proj.weight[0, 0] = 1e5  # type: ignore[union-attr,index]
+        transformer.get_parameter("layers.0.visual.q_proj.weight")[0, 0] = 1e5
     with pytest.raises(ModelError, match=r"layers\.0\.q: .* fp16, .* got 1e\+05; open the model with precision fp32"):
         draw(transformer, 2, kernel=True)
 

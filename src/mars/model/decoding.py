@@ -74,9 +74,7 @@ class Decoder:
         return x_B1D
 
 
-def build_decoder(
-    layers: Iterable[nn.Module], cache: StaticCache, halves: HalfWeights | None = None
-) -> Decoder | None:
+def build_decoder(layers: Iterable[nn.Module], cache: StaticCache, halves: HalfWeights | None = None) -> Decoder | None:
     """A decoder, or None if there is no kernel or these layers and this cache are not what it takes.
 
     Args:

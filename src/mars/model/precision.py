@@ -1,9 +1,9 @@
 """How a model's weights are kept in memory.
 
-    fp32    whole
-    fp16    whole, and drawing reads copies of the visual expert's in fp16, where there is a kernel for it
-    int8    linear layers in 8 bits and tables in 16
-    int4    linear layers in 4 bits and tables in 16
+fp32    whole
+fp16    whole, and drawing reads copies of the visual expert's in fp16, where there is a kernel for it
+int8    linear layers in 8 bits and tables in 16
+int4    linear layers in 4 bits and tables in 16
 """
 
 from typing import Literal, get_args

@@ -196,7 +196,8 @@ class MarsTransformer(nn.Module):
     def visual_logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits of the visual rows at image positions: codes first, then special and dead ids."""
         if self.halves is not None and hidden_BTD.device.type == "cpu" and not torch.is_grad_enabled():
-            return self.halves.of("visual_head", self.visual_head).multiply(hidden_BTD)[..., : self.vocabulary.visual_rows]
+            copy = self.halves.of("visual_head", self.visual_head)
+            return copy.multiply(hidden_BTD)[..., : self.vocabulary.visual_rows]
         return cast(Tensor, self.visual_head(hidden_BTD))
 
     def new_cache(self) -> Cache:
