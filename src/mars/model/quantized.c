@@ -116,23 +116,26 @@ static inline __attribute__((always_inline)) void add_block(Sums *sums, const ui
   }
 }
 
-enum { CHAINS = 2 }; /* sums of a row that do not wait for each other: of inputs 0, 2, 4 .. and 1, 3, 5 .. */
-
-/* One tile of 16 bits for `rows` activation rows. */
-static inline __attribute__((always_inline)) void run_half_tile(const uint16_t *codes, const float *x, long stride, long inputs,
-                                                                float *out, long out_stride, int rows) {
-  __m512 sums[MOST][CHAINS];
+/* One or two tiles of 16 bits for `rows` activation rows: sums of one row that do not wait for each other. */
+static inline __attribute__((always_inline)) void run_half_tiles(const uint16_t *codes, const float *x, long stride, long inputs,
+                                                                 float *out, long out_stride, int rows, int tiles) {
+  __m512 sums[MOST][2];
   for (int row = 0; row < rows; row++)
-    for (int chain = 0; chain < CHAINS; chain++) sums[row][chain] = _mm512_setzero_ps();
-  for (long i = 0; i < inputs; i += CHAINS, codes += CHAINS * TILE) {
-    __builtin_prefetch((const char *)codes + AHEAD, 0, 2);
-    for (int chain = 0; chain < CHAINS; chain++) {
-      __m512 weights = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(codes + chain * TILE)));
-      for (int row = 0; row < rows; row++)
-        sums[row][chain] = _mm512_fmadd_ps(weights, _mm512_set1_ps(x[row * stride + i + chain]), sums[row][chain]);
+    for (int tile = 0; tile < tiles; tile++) sums[row][tile] = _mm512_setzero_ps();
+  for (long i = 0; i < inputs; i++) {
+    __m512 weights[2];
+    for (int tile = 0; tile < tiles; tile++) {
+      const uint16_t *from = codes + (tile * inputs + i) * TILE;
+      if (i % 2 == 0) __builtin_prefetch((const char *)from + AHEAD, 0, 2);
+      weights[tile] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+    }
+    for (int row = 0; row < rows; row++) {
+      __m512 one = _mm512_set1_ps(x[row * stride + i]);
+      for (int tile = 0; tile < tiles; tile++) sums[row][tile] = _mm512_fmadd_ps(weights[tile], one, sums[row][tile]);
     }
   }
-  for (int row = 0; row < rows; row++) _mm512_storeu_ps(out + row * out_stride, _mm512_add_ps(sums[row][0], sums[row][1]));
+  for (int row = 0; row < rows; row++)
+    for (int tile = 0; tile < tiles; tile++) _mm512_storeu_ps(out + row * out_stride + tile * TILE, sums[row][tile]);
 }
 
 #elif defined(__AVX2__) && defined(__F16C__) && defined(__FMA__)
@@ -198,9 +201,12 @@ static inline __attribute__((always_inline)) void run_half_sides(const uint16_t 
     for (int side = 0; side < sides; side++) _mm256_storeu_ps(out + row * out_stride + 8 * side, sums[row][side]);
 }
 
-static inline __attribute__((always_inline)) void run_half_tile(const uint16_t *codes, const float *x, long stride, long inputs,
-                                                                float *out, long out_stride, int rows) {
-  if (rows <= MOST / 2) {
+static inline __attribute__((always_inline)) void run_half_tiles(const uint16_t *codes, const float *x, long stride, long inputs,
+                                                                 float *out, long out_stride, int rows, int tiles) {
+  if (tiles == 2) {
+    run_half_tiles(codes, x, stride, inputs, out, out_stride, rows, 1);
+    run_half_tiles(codes + inputs * TILE, x, stride, inputs, out + TILE, out_stride, rows, 1);
+  } else if (rows <= MOST / 2) {
     run_half_sides(codes, x, stride, inputs, out, out_stride, rows, 2);
   } else {
     run_half_sides(codes, x, stride, inputs, out, out_stride, rows, 1);
@@ -212,20 +218,22 @@ static inline __attribute__((always_inline)) void run_half_tile(const uint16_t *
 #error "this kernel needs AVX2 with FMA and F16C"
 #endif
 
-/* A weight; outputs is a multiple of 16, inputs one of 32 or (16 bits) of 2. */
+/* A weight; outputs is a multiple of 16, inputs one of 32, or with 16 bits any number. */
 typedef struct {
   const uint8_t *codes;
   const uint16_t *scales;
   long outputs, inputs, bits;
 } Weight;
 
-/* One tile for activation rows `first` .. `first` + `rows`. */
-static inline __attribute__((always_inline)) void run_tile(const Rows *x, long first, const Weight *weight, long tile, float *out,
-                                                           int rows, int bits) {
+/* One tile, or of 16 bits up to two, for activation rows `first` .. `first` + `rows`. */
+static inline __attribute__((always_inline)) void run_tile(const Rows *x, long first, const Weight *weight, long tile, long tiles,
+                                                           float *out, int rows, int bits) {
   out += first * weight->outputs + tile * TILE;
   if (bits == 16) {
     const uint16_t *codes = (const uint16_t *)weight->codes + tile * weight->inputs * TILE;
-    run_half_tile(codes, x->whole + first * x->stride, x->stride, weight->inputs, out, weight->outputs, rows);
+    const float *from = x->whole + first * x->stride;
+    if (tiles == 1) run_half_tiles(codes, from, x->stride, weight->inputs, out, weight->outputs, rows, 1);
+    else run_half_tiles(codes, from, x->stride, weight->inputs, out, weight->outputs, rows, 2);
     return;
   }
   long blocks = weight->inputs / BLOCK, bytes = TILE * BLOCK * bits / 8;
@@ -255,13 +263,14 @@ static inline long chunks_of(const Weight *weight) { return (weight->outputs / T
 /* One chunk of out (rows, outputs) = x times a weight: a tile is read from memory once, for all rows. */
 static void run_chunk(const Rows *x, const Weight *weight, long chunk, float *out) {
   long tile = chunk * tiles_of(weight), end = least(tile + tiles_of(weight), weight->outputs / TILE);
-  for (; tile < end; tile++) {
+  for (long step = weight->bits == 16 ? 2 : 1; tile < end; tile += step) {
+    long tiles = least(step, end - tile);
     for (long first = 0; first < x->rows; first += MOST) {
       switch (least(MOST, x->rows - first) + weight->bits * MOST) {
 #define CASE(N) \
-  case N + 16 * MOST: run_tile(x, first, weight, tile, out, N, 16); break; \
-  case N + 8 * MOST: run_tile(x, first, weight, tile, out, N, 8); break; \
-  case N + 4 * MOST: run_tile(x, first, weight, tile, out, N, 4); break;
+  case N + 16 * MOST: run_tile(x, first, weight, tile, tiles, out, N, 16); break; \
+  case N + 8 * MOST: run_tile(x, first, weight, tile, 1, out, N, 8); break; \
+  case N + 4 * MOST: run_tile(x, first, weight, tile, 1, out, N, 4); break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
       }
