@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mars.model.cache import Prefix
 from mars.model.kernel import find_kernel
 from mars.model.presets import find_preset
 from mars.model.quantized import Bits, QuantizedLinear
@@ -84,9 +85,10 @@ def draw_codes(transformer: MarsTransformer, *, rows: int, seconds: float, read:
     does meanwhile weighs on both.
     """
     cache = transformer.new_static_cache(batch=rows, size=PROMPT + 257, images_only=True)
-    cache.used[True] = PROMPT
-    cache.columns[1, :, :PROMPT] = True
-    cache.lengths_B, cache.longest = torch.full((rows,), PROMPT), PROMPT
+    config = transformer.config
+    shape = len(config.visual_layers), config.language.num_kv_heads, PROMPT, config.language.head_width
+    prompt = Prefix(keys=torch.zeros(shape), values=torch.zeros(shape), last_hidden=torch.zeros(0))
+    cache.load([prompt] * rows)
     times: list[float] = []
     speeds = [read()]
     ids = torch.full((rows, 1), transformer.vocabulary.image_start)

@@ -281,3 +281,57 @@ def test_a_static_cache_says_when_a_prefix_is_too_long(build: Build) -> None:
     prefixes = cache.prefixes(transformer(text_segment([[1, 2, 3, 4]]), cache))
     with pytest.raises(RequestError, match="the sequence must fit into 3 positions, got 4"):
         transformer.new_static_cache(batch=1, size=3).load(prefixes)
+
+
+@every_variant
+@torch.no_grad()
+def test_rows_come_and_go_at_any_step_and_each_is_as_alone(build: Build, options: dict[str, Any]) -> None:
+    transformer = build(**options)
+    codes = torch.randint(13, (3, 3, 4))
+    first = transformer.new_cache()
+    prefixes = first.prefixes(transformer(text_segment(TEXTS), first))
+    wanted = [draw(transformer, [ids], codes[row : row + 1])[1][0] for row, ids in enumerate(TEXTS)]
+    image = drawn_image(codes, transformer.vocabulary)
+    cache = transformer.new_static_cache(batch=2, size=14, images_only=True)
+    running: list[int] = []
+    places = [0, 0, 0]
+    # Row 1 leaves after five codes, and row 2 takes over its place; the cache grows on the way.
+    for step in range(24):
+        if step in (0, 2):
+            running.append(step // 2)
+            cache.load([prefixes[running[-1]]])
+        if step == 7:
+            cache.remove(running.index(1))
+            running = [0, 2]
+            cache.load([prefixes[2]])
+        if step == 9:
+            cache.resize(batch=3, size=20)
+        if step == 12:
+            cache.remove(running.index(0))
+            running = [2]
+        starts = torch.tensor([[places[row]] for row in running])
+        ids = image.ids[running].gather(1, starts)
+        hidden = transformer(replace(image, ids=ids, targets=None, start=starts), cache)
+        for index, row in enumerate(running):
+            close(hidden[index, 0], wanted[row][places[row]])
+            places[row] += 1
+        if places[2] == 12:
+            break
+    assert places == [12, 5, 12]
+    cache.remove(0)
+    assert cache.rows == 0
+
+
+@torch.no_grad()
+def test_what_an_image_leaves_behind_can_be_loaded_too(build: Build) -> None:
+    transformer = build(low_input=True)
+    low, high = torch.randint(13, (1, 2, 2)), torch.randint(13, (1, 4, 4))
+    read, drawn = upscaling(transformer, low, high, 2)
+    cache = transformer.new_cache()
+    transformer(text_segment([[3, 1]]), cache)
+    prefix = cache.prefixes(transformer(read, cache))[0]
+    wanted = transformer(drawn, cache)
+    assert prefix.keys.shape[2] == 7
+    loaded = transformer.new_static_cache(batch=1, size=23, images_only=True)
+    loaded.load([prefix])
+    close(transformer(drawn, loaded), wanted)

@@ -141,6 +141,50 @@ def test_a_row_is_the_same_whatever_is_drawn_beside_it(precision: Precision, row
     assert not torch.equal(together[0, 1], alone[0, 0])
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_row_is_the_same_to_the_bit_wherever_its_neighbours_stand(precision: Precision) -> None:
+    transformer = build(precision, language={}, semvie={"grid_embedding": True, "max_grid": 4})
+    prefixes = [read_prefixes(transformer, [prompt])[0] for prompt in PROMPTS]
+
+    def step(cache: StaticCache, ids: list[int], starts: list[int]) -> torch.Tensor:
+        segment = Segment(
+            modality=Modality.IMAGE,
+            ids=torch.tensor(ids)[:, None] + transformer.vocabulary.first_code,
+            columns=torch.tensor([[2 + start % 2] for start in starts]),
+            start=torch.tensor(starts)[:, None],
+        )
+        hidden: torch.Tensor = transformer(segment, cache)[:, 0]
+        assert cache.decoder is not None
+        return hidden
+
+    def alone(row: int) -> torch.Tensor:
+        cache = transformer.new_static_cache(batch=1, size=16, images_only=True)
+        cache.load([prefixes[row]])
+        return torch.stack([step(cache, [3 * row + place], [place])[0] for place in range(6)])
+
+    wanted = [alone(row) for row in range(4)]
+    cache = transformer.new_static_cache(batch=1, size=8, images_only=True)
+    running: list[list[int]] = []
+    joins, found = {0: [0], 2: [1, 2], 3: [3]}, [0] * 4
+    for number in range(9):
+        for row in joins.get(number, []):
+            cache.resize(batch=cache.rows + 1, size=9 + cache.rows)
+            cache.load([prefixes[row]])
+            running.append([row, 0])
+        hidden = step(cache, [3 * row + place for row, place in running], [place for _, place in running])
+        for index in reversed(range(len(running))):
+            row, place = running[index]
+            assert torch.equal(hidden[index], wanted[row][place]), (number, row, place)
+            found[row] += 1
+            running[index][1] += 1
+            if place == 5 or (row == 1 and place == 2):
+                cache.remove(index)
+                running[index] = running[-1]
+                running.pop()
+    assert found == [6, 3, 6, 6]
+
+
 def test_the_same_to_the_bit_with_any_number_of_threads() -> None:
     transformer = build("int8", language={}, semvie={})
     before = torch.get_num_threads()

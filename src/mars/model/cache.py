@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Prefix:
-    """Keys and values of one row's text at the layers that image positions look at, without padding."""
+    """Keys and values of what one row has read, at the layers that image positions look at, without padding."""
 
     keys: Tensor
     """(visual layers, G, T, E)."""
@@ -99,17 +99,22 @@ class Cache:
         return k_BGTE, v_BGTE
 
     def prefixes(self, hidden_BTD: Tensor) -> list[Prefix]:
-        """Splits a cache that holds one text segment, whose final states are `hidden_BTD`, into its rows."""
+        """Splits a cache into its rows: one that holds a single text segment, or rows without padding.
+
+        Args:
+            hidden_BTD: final states of the last segment.
+        """
         assert self.lengths_B is not None
         keys, values = (
             torch.stack([tensor for layer in self.visual_layers if (tensor := held[layer]) is not None], dim=1)
             for held in (self.keys, self.values)
         )
+        before = keys.shape[3] - hidden_BTD.shape[1]
         return [
             Prefix(
                 keys=keys[row, :, :, :length].clone(),
                 values=values[row, :, :, :length].clone(),
-                last_hidden=hidden_BTD[row, length - 1].clone(),
+                last_hidden=hidden_BTD[row, length - before - 1].clone(),
             )
             for row, length in enumerate(self.lengths_B.tolist())
         ]
@@ -126,13 +131,10 @@ class Cache:
         self.lengths_B = torch.tensor(lengths, device=both.device)
         mask = torch.arange(longest, device=both.device) < self.lengths_B[:, None]
         self.longest = longest
-        self._load_columns(both, mask)
-
-    def _load_columns(self, both: Tensor, mask_BS: Tensor) -> None:
         for index, layer in enumerate(self.visual_layers):
             self.keys[layer], self.values[layer] = both[0, index], both[1, index]
-        self.masks[True] = mask_BS
-        self.padded[True] = not bool(mask_BS.all())
+        self.masks[True] = mask
+        self.padded[True] = min(lengths) != longest
 
 
 class LayerCache:
@@ -151,7 +153,14 @@ class LayerCache:
 
 
 class StaticCache(Cache):
-    """A cache of fixed size, filled in place: for inference. It holds (layers, B, G, size, E) keys and values.
+    """A cache of fixed size, filled in place: for inference. It holds (layers, rows, G, size, E) keys and values.
+
+    Each row has a length of its own and no padding, so that rows may stand at different places of their sequences, and
+    come and go at any step:
+
+        row 0   | text text text <img> c0 c1 c2         |
+        row 1   | text <img>                            |
+        row 2   |                                       |   free
 
     `layers` are those that will be used: a cache that only images extend needs no others than the visual ones.
     """
@@ -174,42 +183,107 @@ class StaticCache(Cache):
         self.places = {layer: place for place, layer in enumerate(layers)}
         """Where a layer lies in the store."""
         self.store = torch.zeros(2, len(layers), batch, num_kv_heads, size, head_width, dtype=dtype, device=device)
-        self.columns = torch.zeros(2, batch, size, dtype=torch.bool, device=device)
-        """Real columns of the tracks `text` (0) and `all` (1)."""
-        self.used = {True: 0, False: 0}
+        self.texts_B: Tensor | None = None
+        """Columns of each row in the track `text`; those in `all` are `lengths_B`."""
+        self.columns: dict[bool, Tensor] = {}
+        """Where the new positions of the segment that was begun lie in each track, (B, T)."""
+        self.most = {True: 0, False: 0}
+        """Columns of the longest row, or more."""
+        self.ragged = {True: False, False: False}
+        """Whether rows may differ in length."""
         self.new = 0
         self.decoder: Decoder | None = None
         """The kernel's way through the layers beside this cache, if there is one."""
         self.sought = False
         """Whether a step has looked for it."""
 
+    @property
+    def rows(self) -> int:
+        """Rows in use, the first of the store."""
+        return 0 if self.lengths_B is None else len(self.lengths_B)
+
     def _extend_mask(self, real: Tensor, segment: Segment, *, track: bool) -> Tensor | None:
-        start, self.new = self.used[track], real.shape[1]
-        end = start + self.new
-        self._check_fits(end)
-        self.columns[int(track), :, start:end] = real
-        self.used[track] = end
-        self.padded[track] |= segment.mask is not None
-        return self._query_mask(self.columns[int(track), :, :end], track=track, new=self.new, block=segment.block)
+        assert self.lengths_B is not None
+        self.new = real.shape[1]
+        self.most[track] += self.new
+        self._check_fits(self.most[track])
+        counts_B = real.sum(dim=1)
+        if not track:
+            self.texts_B = counts_B if self.texts_B is None else self.texts_B + counts_B
+        ends_B = self.lengths_B if track else self.texts_B
+        assert ends_B is not None
+        self.columns[track] = (ends_B - counts_B)[:, None] + torch.arange(self.new, device=real.device)
+        self.ragged[track] |= segment.mask is not None
+        return self._sight(segment.block, track=track)
+
+    def _sight(self, block: int, *, track: bool) -> Tensor | None:
+        """What the new positions see: a mask (B, 1, T, S), or null."""
+        if self.new == block and not self.ragged[track]:
+            return None
+        assert self.new % block == 0, "a segment holds whole blocks"
+        columns_BT = self.columns[track]
+        blocks = torch.arange(self.new, device=columns_BT.device) // block + 1
+        ends_BT = columns_BT[:, :1] + blocks * block
+        return (torch.arange(self.most[track], device=columns_BT.device) < ends_BT[..., None])[:, None]
 
     def extend(self, layer: int, k_BGTE: Tensor, v_BGTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes keys and values in place; returns a view of all columns of the layer, (B, G, S, E)."""
-        end = self.used[layer in self.visual_layers]
-        keys, values = self.store[:, self.places[layer]]
-        keys[:, :, end - self.new : end] = k_BGTE
-        values[:, :, end - self.new : end] = v_BGTE
+        """Writes keys and values in place; returns a view of all columns of the layer, (B, G, S, E).
+
+        What a row has beyond its length is masked: padding that was written there, until the next segment overwrites
+        it.
+        """
+        track = layer in self.visual_layers
+        end, count = self.most[track], len(k_BGTE)
+        keys, values = self.store[:, self.places[layer], :count]
+        if self.ragged[track]:
+            rows_B1 = torch.arange(count, device=keys.device)[:, None]
+            keys[rows_B1, :, self.columns[track]] = k_BGTE.transpose(1, 2)
+            values[rows_B1, :, self.columns[track]] = v_BGTE.transpose(1, 2)
+        else:
+            keys[:, :, end - self.new : end] = k_BGTE
+            values[:, :, end - self.new : end] = v_BGTE
         return keys[:, :, :end], values[:, :, :end]
 
     def _check_fits(self, length: int) -> None:
         if length > self.size:
             raise RequestError(f"the sequence must fit into {self.size} positions, got {length}; ask for less")
 
-    def _load_columns(self, both: Tensor, mask_BS: Tensor) -> None:
-        length = mask_BS.shape[1]
-        self._check_fits(length)
-        assert self.columns.shape[1] == len(mask_BS), "a static cache is loaded with a prefix for each of its rows"
-        for index, layer in enumerate(self.visual_layers):
-            self.store[:, self.places[layer], :, :, :length] = both[:, index]
-        self.columns[1, :, :length] = mask_BS
-        self.used[True] = length
-        self.padded[True] = not bool(mask_BS.all())
+    def load(self, prefixes: Sequence[Prefix]) -> None:
+        """Adds a row for each prefix, behind the rows that there are. Only image segments may follow."""
+        first, lengths = self.rows, [prefix.keys.shape[2] for prefix in prefixes]
+        assert first + len(prefixes) <= self.store.shape[2], "a row of the cache must be free"
+        self._check_fits(max(lengths))
+        places = [self.places[layer] for layer in self.visual_layers]
+        for row, prefix in enumerate(prefixes, first):
+            self.store[0, places, row, :, : lengths[row - first]] = prefix.keys.to(self.store.dtype)
+            self.store[1, places, row, :, : lengths[row - first]] = prefix.values.to(self.store.dtype)
+        added = torch.tensor(lengths, device=self.store.device)
+        self.lengths_B = added if self.lengths_B is None else torch.cat([self.lengths_B, added])
+        self._measure()
+
+    def remove(self, row: int) -> None:
+        """Frees a row; the last one takes its place."""
+        assert self.lengths_B is not None
+        last = self.rows - 1
+        if row != last:
+            length = int(self.lengths_B[last])
+            self.store[:, :, row, :, :length] = self.store[:, :, last, :, :length]
+            self.lengths_B[row] = length
+        self.lengths_B = self.lengths_B[:last]
+        self._measure()
+
+    def resize(self, *, batch: int, size: int) -> None:
+        """Makes room for other numbers of rows and columns, at least those in use."""
+        layers, (groups, width) = self.store.shape[1], self.store.shape[3::2]
+        rows, longest = self.rows, self.most[True]
+        store = self.store.new_zeros(2, layers, batch, groups, size, width)
+        store[:, :, :rows, :, :longest] = self.store[:, :, :rows, :, :longest]
+        self.store, self.size = store, size
+        self.decoder, self.sought = None, False
+
+    def _measure(self) -> None:
+        """Looks at lengths again after rows have come or gone."""
+        assert self.lengths_B is not None
+        lengths = self.lengths_B.tolist() or [0]
+        self.longest = self.most[True] = max(lengths)
+        self.ragged[True] = min(lengths) != max(lengths)

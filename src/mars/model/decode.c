@@ -20,9 +20,9 @@ typedef struct {
 
 typedef struct {
   long rows, width, heads, kv_heads, head_width;
-  long size, used;                              /* columns of the cache, and those in use with the new one */
+  long size, longest;                           /* columns of the cache, and at least those that any row uses */
+  const int64_t *used;                          /* (rows) columns in use with the new one, from the first */
   const float *rotary;                          /* (2, rows, head width): cosines, sines */
-  const uint8_t *columns;                       /* (rows, size) whether a column is real; null if all are */
   double eps;
 } Step;
 
@@ -90,26 +90,25 @@ static inline void finish_head(const float *from, const float *bias, const float
 
 /* Attention of one row's head over the cache and the new column, which the first head of a group also stores. */
 static void attend(Team *team, const Layer *layer, const Step *step, long row, long head, float *scratch) {
-  long width = step->head_width, group = step->heads / step->kv_heads, kv = head / group, past = step->used - 1;
+  long width = step->head_width, group = step->heads / step->kv_heads, kv = head / group, past = step->used[row] - 1;
   float *query = scratch, *key = query + width, *value = key + width, *shares = value + width;
   finish_head(team->q + row * layer->q.outputs + head * width, layer->q_bias, layer->q_norm, step, row, head, 1, query);
   finish_head(team->k + row * layer->k.outputs + kv * width, layer->k_bias, layer->k_norm, step, row, kv, 1, key);
   finish_head(team->v + row * layer->k.outputs + kv * width, layer->v_bias, layer->v_norm, step, row, kv, 0, value);
   float *keys = layer->keys + (row * step->kv_heads + kv) * step->size * width;
   float *values = layer->values + (row * step->kv_heads + kv) * step->size * width;
-  const uint8_t *columns = step->columns ? step->columns + row * step->size : NULL;
   float scale = 1 / sqrtf((float)width), largest = -INFINITY, sum = 0;
   for (long column = 0; column <= past; column++) {
     const float *one = column < past ? keys + column * width : key;
     float dot = 0;
 #pragma omp simd reduction(+ : dot)
     for (long i = 0; i < width; i++) dot += query[i] * one[i];
-    shares[column] = columns && !columns[column] ? -INFINITY : dot * scale;
+    shares[column] = dot * scale;
     largest = shares[column] > largest ? shares[column] : largest;
   }
 #pragma omp simd reduction(+ : sum)
   for (long column = 0; column <= past; column++) {
-    shares[column] = shares[column] == -INFINITY ? 0 : exponential(shares[column] - largest);
+    shares[column] = exponential(shares[column] - largest);
     sum += shares[column];
   }
   float *mixed = team->mixed + (row * step->heads + head) * width;
@@ -178,7 +177,7 @@ int mars_decode(float *x, const Layer *layers, long count, const Step *step) {
   long rows = step->rows, width = step->width, heads = step->heads * step->head_width, ffn = layers->gate.outputs;
   long queries = layers->q.outputs, kv = layers->k.outputs;
   long shared = rows * (queries + 2 * kv + heads + 2 * ffn + layers->o.outputs) * sizeof(float);
-  long attention = 3 * step->head_width + step->used, scratch = rows * width > attention ? rows * width : attention;
+  long attention = 3 * step->head_width + step->longest, scratch = rows * width > attention ? rows * width : attention;
   long own = (rows * width + scratch) * sizeof(float) + rounded_bytes(rows, width > heads ? width : heads);
   own = (own + LINE - 1) / LINE * LINE;
   char *memory = malloc(shared + rounded_bytes(rows, ffn) + own * omp_get_max_threads());

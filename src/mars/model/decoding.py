@@ -63,13 +63,14 @@ class Decoder:
 
     def run(self, x_B1D: Tensor, rotary: Tensor, cache: StaticCache) -> Tensor:
         """Hidden states of one position of each row, through all layers; the cache has begun its column."""
+        assert cache.lengths_B is not None
         x_B1D = x_B1D.clone(memory_format=torch.contiguous_format)
         rotary = rotary.contiguous()
         step = self.step
         step.rows, _, step.width = x_B1D.shape
-        step.used = cache.used[True]
+        step.longest = cache.most[True]
+        step.used = cache.lengths_B.data_ptr()
         step.rotary = rotary.data_ptr()
-        step.columns = cache.columns[1].data_ptr() if cache.padded[True] else None
         self.kernel.decode(x_B1D, self.addresses, step)
         return x_B1D
 

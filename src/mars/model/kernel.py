@@ -51,9 +51,9 @@ class Step(ctypes.Structure):
     """What all layers share in a step; see decode.c."""
 
     _fields_ = (
-        *((name, ctypes.c_long) for name in ("rows", "width", "heads", "kv_heads", "head_width", "size", "used")),
+        *((name, ctypes.c_long) for name in ("rows", "width", "heads", "kv_heads", "head_width", "size", "longest")),
+        ("used", ctypes.c_void_p),
         ("rotary", ctypes.c_void_p),
-        ("columns", ctypes.c_void_p),
         ("eps", ctypes.c_double),
     )
 

@@ -91,7 +91,9 @@ class MarsTransformer(nn.Module):
             raise RequestError("the language expert was released after its prompt; open the model again")
         positions_BT, masks = cache.begin(segment)
         x_BTD = self.embed(segment)
-        longest = cache.longest + (segment.side - 1) * segment.columns  # rows that a block has begun
+        longest = cache.longest
+        if segment.side > 1:  # rows that a block has begun
+            longest += (segment.side - 1) * int(torch.as_tensor(segment.columns).max())
         rotary = self.rotary.at(positions_BT, longest=longest, dtype=x_BTD.dtype)
         if segment.modality is Modality.IMAGE and isinstance(cache, StaticCache) and (decoder := self._decoder(cache)):
             return self._final_norm(decoder.run(x_BTD, rotary, cache), segment.modality)
@@ -205,7 +207,7 @@ class MarsTransformer(nn.Module):
         return Cache(num_layers=self.config.language.num_layers, visual_layers=self.config.visual_layers)
 
     def new_static_cache(self, *, batch: int, size: int, images_only: bool = False) -> StaticCache:
-        """A cache for `batch` rows of at most `size` positions, for inference; loaded prefixes count as no text."""
+        """A cache for at most `batch` rows of at most `size` positions, for inference; loaded prefixes are no text."""
         language = self.config.language
         return StaticCache(
             num_layers=language.num_layers,

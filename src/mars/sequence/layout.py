@@ -55,10 +55,11 @@ class Segment:
     """(B, T) true where a position is real; null where all are."""
     targets: Tensor | None = None
     """(B, T) the id that each position should predict, or IGNORE."""
-    columns: int = 0
-    """Image only: columns of the code grid."""
-    start: int = 0
-    """Image only: number of the first position, 0 being `<img>`; position p predicts code p in the order of drawing."""
+    columns: int | Tensor = 0
+    """Image only: columns of the code grid; (B, 1) where rows differ."""
+    start: int | Tensor = 0
+    """Image only: number of the first position, 0 being `<img>`; position p predicts code p in the order of drawing.
+    (B, 1) where rows differ."""
     side: int = 1
     """Image only: codes are drawn in blocks of side x side; 1 is raster order. A segment holds whole blocks."""
     low: Tensor | None = None
@@ -70,8 +71,8 @@ class Segment:
         return self.side * self.side
 
     def places(self) -> tuple[Tensor, Tensor]:
-        """Row and column (T,) of the code that each position of an image predicts."""
-        numbers = torch.arange(self.start, self.start + self.ids.shape[1], device=self.ids.device)
+        """Row and column of the code that each position of an image predicts: (T,), or (B, T) where rows differ."""
+        numbers = self.start + torch.arange(self.ids.shape[1], device=self.ids.device)
         return _row_and_column(numbers, columns=self.columns, side=self.side)
 
     def to(self, device: torch.device) -> "Segment":
@@ -82,7 +83,7 @@ class Segment:
         return replace(self, **moved)
 
 
-def _row_and_column(numbers: Tensor, *, columns: int, side: int) -> tuple[Tensor, Tensor]:
+def _row_and_column(numbers: Tensor, *, columns: int | Tensor, side: int) -> tuple[Tensor, Tensor]:
     """Row and column of codes by their number in the order of drawing, of the same shape."""
     blocks, inside = numbers // (side * side), numbers % (side * side)
     blocks_across = columns // side
