@@ -92,7 +92,7 @@ def test_a_step_of_the_kernel_is_that_of_the_layers(precision: Precision, kind: 
         found, cache = draw(transformer, rows, kernel=True)
         wanted, wanted_cache = draw(transformer, rows, kernel=False)
         # Activations are rounded to 8 bits beside codes: sums in another order put a few on the other side.
-        assert float((found - wanted).norm() / wanted.norm()) < 2e-3
+        assert float((found - wanted).norm() / wanted.norm()) < 5e-3
         torch.testing.assert_close(found[0], wanted[0], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(cache.store[:, 0], wanted_cache.store[:, 0], rtol=1e-3, atol=1e-3)
 
@@ -117,16 +117,14 @@ def refine(transformer: MarsTransformer, *, side: int, kernel: bool) -> tuple[to
 
 
 @pytest.mark.parametrize("side", [1, 2], ids=["K=1", "K=4"])
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_upscaling_after_an_image_uses_the_kernel_for_single_positions_only(precision: Precision, side: int) -> None:
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+def test_blocks_of_positions_after_an_image_that_was_read(precision: Precision, side: int) -> None:
     transformer = build(precision, language={}, semvie={"low_input": True, "grid_embedding": True, "max_grid": 4})
-    with torch.no_grad():
-        assert isinstance(transformer.low_projection, QuantizedLinear)
-        transformer.low_projection = QuantizedLinear(torch.randn(64, 64) / 8, bits=8)  # it starts at zero
+    transformer.low_projection = QuantizedLinear(torch.randn(64, 64) / 8, bits=8)  # it starts at zero
     found, cache = refine(transformer, side=side, kernel=True)
-    assert (cache.decoder is not None) is (side == 1)
+    assert cache.decoder is not None
     wanted, _ = refine(transformer, side=side, kernel=False)
-    assert float((found - wanted).norm() / wanted.norm()) < 2e-3
+    assert float((found - wanted).norm() / wanted.norm()) < 5e-3
     transformer.low_projection = QuantizedLinear(torch.zeros(64, 64), bits=8)
     assert not torch.allclose(refine(transformer, side=side, kernel=True)[0], found, rtol=0.1)
 

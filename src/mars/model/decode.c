@@ -1,7 +1,7 @@
-/* One position of each row through all layers of the visual expert, in one call: the kernel behind mars.model.decoding.
+/* A few positions of each row through all layers of the visual expert, in one call: the kernel of mars.model.decoding.
  *
  * What PyTorch would do in some twenty operators a layer is done by one team of threads that meets six times a layer.
- * Cheap work on one row's width (norms, residuals, rounding) is done by every thread for itself, which costs less than
+ * Cheap work on one position's width (norms, residuals, rounding) is done by every thread for itself, which costs less than
  * meeting. The mathematics are those of SemVIELayer.forward.
  */
 #include <omp.h>
@@ -19,14 +19,15 @@ typedef struct {
 } Layer;
 
 typedef struct {
-  long rows, width, heads, kv_heads, head_width;
+  long rows, positions, block;                  /* new positions of a row; each sees its block whole, and what is before */
+  long width, heads, kv_heads, head_width;
   long size, longest;                           /* columns of the cache, and at least those that any row uses */
-  const int64_t *used;                          /* (rows) columns in use with the new one, from the first */
-  const float *rotary;                          /* (2, rows, head width): cosines, sines */
+  const int64_t *used;                          /* (rows) columns in use with the new ones, from the first */
+  const float *rotary;                          /* (2, rows * positions, head width): cosines, sines */
   double eps;
 } Step;
 
-/* What the threads share. Products are (rows, outputs). */
+/* What the threads share. Products are (rows * positions, outputs). */
 typedef struct {
   float *q, *k, *v, *mixed, *gate, *up, *out;
   Rows ffn;                                     /* of the second half: what `down` multiplies */
@@ -73,14 +74,14 @@ static inline void norm(const float *x, const float *weight, long width, double 
   for (long i = 0; i < width; i++) out[i] = weight[i] * (x[i] * scale);
 }
 
-/* A head's query, key or value out of its projection: bias, norm, and (unless rotary is null) its turn. */
-static inline void finish_head(const float *from, const float *bias, const float *weight, const Step *step, long row, long head,
+/* A head's query, key or value of one position out of its projection: bias, norm, and its turn if it takes one. */
+static inline void finish_head(const float *from, const float *bias, const float *weight, const Step *step, long position, long head,
                                int turn, float *out) {
   long width = step->head_width, half = width / 2;
   for (long i = 0; i < width; i++) out[i] = from[i] + (bias ? bias[head * width + i] : 0);
   if (weight) norm(out, weight, width, step->eps, out);
   if (!turn) return;
-  const float *cosines = step->rotary + row * width, *sines = cosines + step->rows * width;
+  const float *cosines = step->rotary + position * width, *sines = cosines + step->rows * step->positions * width;
   for (long i = 0; i < half; i++) {
     float left = out[i], right = out[i + half];
     out[i] = left * cosines[i] - right * sines[i];
@@ -88,46 +89,72 @@ static inline void finish_head(const float *from, const float *bias, const float
   }
 }
 
-/* Attention of one row's head over the cache and the new column, which the first head of a group also stores. */
-static void attend(Team *team, const Layer *layer, const Step *step, long row, long head, float *scratch) {
-  long width = step->head_width, group = step->heads / step->kv_heads, kv = head / group, past = step->used[row] - 1;
-  float *query = scratch, *key = query + width, *value = key + width, *shares = value + width;
-  finish_head(team->q + row * layer->q.outputs + head * width, layer->q_bias, layer->q_norm, step, row, head, 1, query);
-  finish_head(team->k + row * layer->k.outputs + kv * width, layer->k_bias, layer->k_norm, step, row, kv, 1, key);
-  finish_head(team->v + row * layer->k.outputs + kv * width, layer->v_bias, layer->v_norm, step, row, kv, 0, value);
-  float *keys = layer->keys + (row * step->kv_heads + kv) * step->size * width;
-  float *values = layer->values + (row * step->kv_heads + kv) * step->size * width;
+static inline __attribute__((always_inline)) float dot(const float *x, const float *y, long width) {
+  __m256 sums = _mm256_setzero_ps();
+  long i = 0;
+  for (; i + 8 <= width; i += 8) sums = _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i), sums);
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  float sum = _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  for (; i < width; i++) sum += x[i] * y[i];
+  return sum;
+}
+
+/* Attention of one query over the first `end` columns; `shares` has room for as many. */
+static inline __attribute__((always_inline)) void look(const float *query, const float *keys, const float *values, long end,
+                                                       float *shares, float *out, long width) {
   float scale = 1 / sqrtf((float)width), largest = -INFINITY, sum = 0;
-  for (long column = 0; column <= past; column++) {
-    const float *one = column < past ? keys + column * width : key;
-    float dot = 0;
-#pragma omp simd reduction(+ : dot)
-    for (long i = 0; i < width; i++) dot += query[i] * one[i];
-    shares[column] = dot * scale;
+  for (long column = 0; column < end; column++) {
+    shares[column] = dot(query, keys + column * width, width) * scale;
     largest = shares[column] > largest ? shares[column] : largest;
   }
 #pragma omp simd reduction(+ : sum)
-  for (long column = 0; column <= past; column++) {
+  for (long column = 0; column < end; column++) {
     shares[column] = exponential(shares[column] - largest);
     sum += shares[column];
   }
-  float *mixed = team->mixed + (row * step->heads + head) * width;
-  for (long i = 0; i < width; i++) mixed[i] = 0;
-  for (long column = 0; column <= past; column++) {
-    const float *one = column < past ? values + column * width : value;
-    float share = shares[column] / sum;
-#pragma omp simd
-    for (long i = 0; i < width; i++) mixed[i] += share * one[i];
+  long i = 0;
+  for (; i + 64 <= width; i += 64) { /* eight registers */
+    __m256 sums[8] = {0};
+    for (long column = 0; column < end; column++) {
+      __m256 share = _mm256_set1_ps(shares[column]);
+      for (int j = 0; j < 8; j++) sums[j] = _mm256_fmadd_ps(share, _mm256_loadu_ps(values + column * width + i + 8 * j), sums[j]);
+    }
+    for (int j = 0; j < 8; j++) _mm256_storeu_ps(out + i + 8 * j, _mm256_div_ps(sums[j], _mm256_set1_ps(sum)));
   }
-  if (head % group == 0) {
-    memcpy(keys + past * width, key, width * sizeof(float));
-    memcpy(values + past * width, value, width * sizeof(float));
+  for (; i < width; i++) {
+    out[i] = 0;
+    for (long column = 0; column < end; column++) out[i] += shares[column] * values[column * width + i];
+    out[i] /= sum;
+  }
+}
+
+/* Stores one row's keys and values of a key/value head, then attention of the heads that share it. */
+static void attend(Team *team, const Layer *layer, const Step *step, long row, long kv, float *scratch) {
+  long width = step->head_width, group = step->heads / step->kv_heads, start = step->used[row] - step->positions;
+  float *keys = layer->keys + (row * step->kv_heads + kv) * step->size * width;
+  float *values = layer->values + (row * step->kv_heads + kv) * step->size * width;
+  float *query = scratch, *shares = query + width;
+  for (long i = 0; i < step->positions; i++) {
+    long position = row * step->positions + i, from = position * layer->k.outputs + kv * width;
+    finish_head(team->k + from, layer->k_bias, layer->k_norm, step, position, kv, 1, keys + (start + i) * width);
+    finish_head(team->v + from, layer->v_bias, layer->v_norm, step, position, kv, 0, values + (start + i) * width);
+  }
+  for (long i = 0; i < step->positions; i++) {
+    long position = row * step->positions + i, end = start + (i / step->block + 1) * step->block;
+    for (long head = kv * group; head < (kv + 1) * group; head++) {
+      finish_head(team->q + position * layer->q.outputs + head * width, layer->q_bias, layer->q_norm, step, position, head, 1, query);
+      float *out = team->mixed + (position * step->heads + head) * width;
+      if (width == 64) look(query, keys, values, end, shares, out, 64);
+      else if (width == 128) look(query, keys, values, end, shares, out, 128);
+      else look(query, keys, values, end, shares, out, width);
+    }
   }
 }
 
 /* SiLU(gate) * up, rounded or in the place of gate: this thread's share of it. */
 static void gate_up(Team *team, const Layer *layer, const Step *step, int thread) {
-  long inputs = team->ffn.inputs, blocks = (inputs + BLOCK - 1) / BLOCK, all = step->rows * blocks;
+  long inputs = team->ffn.inputs, blocks = (inputs + BLOCK - 1) / BLOCK, all = step->rows * step->positions * blocks;
   for (long i = all * thread / team->threads; i < all * (thread + 1) / team->threads; i++) {
     long row = i / blocks, block = i % blocks, count = least(BLOCK, inputs - block * BLOCK);
     float *gate = team->gate + row * layer->gate.outputs + block * BLOCK, *up = team->up + row * layer->gate.outputs + block * BLOCK;
@@ -148,12 +175,12 @@ static void multiply(Team *team, const Rows *x, const Weight *weights, float *co
 
 static void run_layer(Team *team, const Layer *layer, const Step *step, int thread, float *x, float *scratch, void *rounding,
                       atomic_long *next) {
-  long rows = step->rows, width = step->width, bits = layer->q.bits;
+  long rows = step->rows * step->positions, width = step->width, bits = layer->q.bits;
   for (long row = 0; row < rows; row++) norm(x + row * width, layer->attention_norm, width, step->eps, scratch + row * width);
   Rows taken = take_rows(scratch, rows, width, bits, rounding);
   multiply(team, &taken, &layer->q, (float *const[]){team->q, team->k, team->v}, 3, next);
-  for (long i; (i = atomic_fetch_add(next + 1, 1)) < rows * step->heads;)
-    attend(team, layer, step, i / step->heads, i % step->heads, scratch);
+  for (long i; (i = atomic_fetch_add(next + 1, 1)) < step->rows * step->kv_heads;)
+    attend(team, layer, step, i / step->kv_heads, i % step->kv_heads, scratch);
   meet(team);
   taken = take_rows(team->mixed, rows, layer->o.inputs, bits, rounding);
   multiply(team, &taken, &layer->o, &team->out, 1, next + 2);
@@ -172,12 +199,13 @@ static void run_layer(Team *team, const Layer *layer, const Step *step, int thre
 
 enum { STRETCHES = 5 }; /* of work that is shared out piece by piece, in a layer */
 
-/* x (rows, width) through `count` layers, in place; the caches get a column. Returns 0, or 1 when memory ran out. */
+/* x (rows * positions, width) through `count` layers, in place; the caches get their columns. Returns 0, or 1 when memory
+ * ran out. */
 int mars_decode(float *x, const Layer *layers, long count, const Step *step) {
-  long rows = step->rows, width = step->width, heads = step->heads * step->head_width, ffn = layers->gate.outputs;
+  long rows = step->rows * step->positions, width = step->width, heads = step->heads * step->head_width, ffn = layers->gate.outputs;
   long queries = layers->q.outputs, kv = layers->k.outputs;
   long shared = rows * (queries + 2 * kv + heads + 2 * ffn + layers->o.outputs) * sizeof(float);
-  long attention = 3 * step->head_width + step->longest, scratch = rows * width > attention ? rows * width : attention;
+  long attention = step->head_width + step->longest, scratch = rows * width > attention ? rows * width : attention;
   long own = (rows * width + scratch) * sizeof(float) + rounded_bytes(rows, width > heads ? width : heads);
   own = (own + LINE - 1) / LINE * LINE;
   char *memory = malloc(shared + rounded_bytes(rows, ffn) + own * omp_get_max_threads());

@@ -1,4 +1,4 @@
-"""A step of drawing in one call of the kernel: one position of each row through all layers of the visual expert.
+"""A step of drawing in one call of the kernel: a few positions of each row through all layers of the visual expert.
 
 PyTorch takes some twenty operators a layer for it, each of a few microseconds: more than reading the weights takes when
 the model is small, and a fifth of it at 7B in 4 bits. Where all layers are quantized, or have copies in fp16, and the
@@ -16,6 +16,10 @@ from mars.model.kernel import Kernel, Layer, Step, find_kernel
 from mars.model.quantized import HalfWeight, QuantizedLinear
 from mars.model.semvie import SemVIELayer
 from mars.sequence.layout import Modality
+
+
+MOST_POSITIONS = 128
+"""Of all rows in one step of the kernel, whose threads each keep them all; many are done layer by layer."""
 
 
 class HalfWeights:
@@ -61,18 +65,19 @@ class Decoder:
         eps = layers[0].norms_of(layers[0].expert(Modality.IMAGE))["ffn_norm"].eps
         self.step = Step(heads=heads, kv_heads=kv_heads, head_width=head_width, size=cache.size, eps=eps)
 
-    def run(self, x_B1D: Tensor, rotary: Tensor, cache: StaticCache) -> Tensor:
-        """Hidden states of one position of each row, through all layers; the cache has begun its column."""
+    def run(self, x_BTD: Tensor, rotary: Tensor, cache: StaticCache, *, block: int) -> Tensor:
+        """Hidden states of the new positions of each row, through all layers; the cache has begun their columns."""
         assert cache.lengths_B is not None
-        x_B1D = x_B1D.clone(memory_format=torch.contiguous_format)
+        x_BTD = x_BTD.clone(memory_format=torch.contiguous_format)
         rotary = rotary.contiguous()
         step = self.step
-        step.rows, _, step.width = x_B1D.shape
+        step.rows, step.positions, step.width = x_BTD.shape
+        step.block = block
         step.longest = cache.most[True]
         step.used = cache.lengths_B.data_ptr()
         step.rotary = rotary.data_ptr()
-        self.kernel.decode(x_B1D, self.addresses, step)
-        return x_B1D
+        self.kernel.decode(x_BTD, self.addresses, step)
+        return x_BTD
 
 
 def build_decoder(layers: Iterable[nn.Module], cache: StaticCache, halves: HalfWeights | None = None) -> Decoder | None:

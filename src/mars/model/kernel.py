@@ -51,7 +51,8 @@ class Step(ctypes.Structure):
     """What all layers share in a step; see decode.c."""
 
     _fields_ = (
-        *((name, ctypes.c_long) for name in ("rows", "width", "heads", "kv_heads", "head_width", "size", "longest")),
+        *((name, ctypes.c_long) for name in ("rows", "positions", "block", "width", "heads", "kv_heads", "head_width")),
+        *((name, ctypes.c_long) for name in ("size", "longest")),
         ("used", ctypes.c_void_p),
         ("rotary", ctypes.c_void_p),
         ("eps", ctypes.c_double),
@@ -93,7 +94,7 @@ class Kernel:
         self._quantize(weight.data_ptr(), KINDS.index(weight.dtype), *weight.shape, bits, *addresses)
 
     def decode(self, x: Tensor, layers: "ctypes.Array[Layer]", step: Step) -> None:
-        """Runs x (rows, width) through layers, in place, and adds a column to their caches.
+        """Runs x (rows * positions, width) through layers, in place, and adds columns to their caches.
 
         Raises:
             MemoryError: if there is none left for the activations.

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mars.errors import RequestError
 from mars.model.cache import Cache, Prefix, StaticCache
 from mars.model.config import ModelConfig
-from mars.model.decoding import Decoder, HalfWeights, build_decoder
+from mars.model.decoding import MOST_POSITIONS, Decoder, HalfWeights, build_decoder
 from mars.model.layers import Expert, Linear, Norm
 from mars.model.rope import Rotary
 from mars.model.semvie import SemVIELayer
@@ -95,8 +95,8 @@ class MarsTransformer(nn.Module):
         if segment.side > 1:  # rows that a block has begun
             longest += (segment.side - 1) * int(torch.as_tensor(segment.columns).max())
         rotary = self.rotary.at(positions_BT, longest=longest, dtype=x_BTD.dtype)
-        if segment.modality is Modality.IMAGE and isinstance(cache, StaticCache) and (decoder := self._decoder(cache)):
-            return self._final_norm(decoder.run(x_BTD, rotary, cache), segment.modality)
+        if isinstance(cache, StaticCache) and (decoder := self._decoder(segment, cache)):
+            return self._final_norm(decoder.run(x_BTD, rotary, cache, block=segment.block), segment.modality)
         visual_layers = set(cache.visual_layers)
         for index, layer in enumerate(self.layers):
             if segment.modality is Modality.TEXT or index in visual_layers:
@@ -108,9 +108,9 @@ class MarsTransformer(nn.Module):
         shared = modality is Modality.TEXT or self.config.semvie.share_norms
         return cast(Tensor, self.language_norm(x_BTD) if shared else self.visual_norm(x_BTD))
 
-    def _decoder(self, cache: StaticCache) -> Decoder | None:
-        """The kernel's way through the layers, for a single position of each row; built when a cache first asks."""
-        if cache.new != 1:
+    def _decoder(self, segment: Segment, cache: StaticCache) -> Decoder | None:
+        """The kernel's way through the layers, for a few image positions; built when a cache first asks."""
+        if segment.modality is Modality.TEXT or segment.mask is not None or segment.ids.numel() > MOST_POSITIONS:
             return None
         if not cache.sought:
             cache.decoder, cache.sought = build_decoder(self.layers, cache, self.halves), True
