@@ -35,8 +35,8 @@ from mars.sequence.text import TextTokenizer
 GUIDANCE = 3.0
 PROMPTS = ["a red apple on a wooden table in the morning light", "a blue boat on a quiet lake under a cloudy sky"]
 BATCHES = (1, 8)
-Drawer = Callable[[int, bool], Tensor]
-"""(pictures, greedy) to codes (pictures, N)."""
+Drawer = Callable[[int, float], Tensor]
+"""(pictures, temperature) to codes (pictures, N); 0 takes the likeliest."""
 
 
 class Models:
@@ -61,9 +61,9 @@ class Models:
     def draw(self, precision: Precision) -> Drawer:
         """Ours."""
 
-        def run(count: int, greedy: bool) -> Tensor:
+        def run(count: int, temperature: float) -> Tensor:
             lower_precision(self.mars, precision)
-            sampling = Sampling(temperature=0 if greedy else 1, guidance=GUIDANCE)
+            sampling = Sampling(temperature=temperature, guidance=GUIDANCE)
             request = DrawRequest(prompt=(), free=self.free, seed=0, sampling=sampling)
             requests = [replace(request, prompt=self.prompts[i % len(self.prompts)], seed=i) for i in range(count)]
             return draw(self.mars, requests, grid=(self.grid, self.grid)).flatten(1)
@@ -71,14 +71,14 @@ class Models:
         return run
 
     @torch.inference_mode()
-    def generate(self, count: int, greedy: bool) -> Tensor:
+    def generate(self, count: int, temperature: float) -> Tensor:
         """`transformers`' generate()."""
         rows = self.mars.vocabulary.visual_rows
         start = self.mars.vocabulary.image_start - self.mars.vocabulary.first_code
         ids = [[*(rows + token for token in self.prompts[i % len(self.prompts)]), start] for i in range(count)]
         free = torch.tensor([[*(rows + token for token in self.free), start]] * count)
-        chosen = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        found = self.llama.generate(  # type: ignore[operator]
+        sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        found = self.llama.generate(
             torch.tensor(ids),
             attention_mask=torch.ones(count, len(ids[0]), dtype=torch.long),
             max_new_tokens=self.grid**2,
@@ -88,7 +88,7 @@ class Models:
             negative_prompt_attention_mask=torch.ones_like(free),
             pad_token_id=0,
             eos_token_id=None,
-            **chosen,
+            **(sampled if temperature else {"do_sample": False}),
         )
         return torch.as_tensor(found)[:, len(ids[0]) :]
 
@@ -130,13 +130,13 @@ def janus(models: Models) -> Drawer:
     model.generation_config.generation_kwargs = {"boi_token_id": 2}
 
     @torch.inference_mode()
-    def run(count: int, greedy: bool) -> Tensor:
+    def run(count: int, temperature: float) -> Tensor:
         ids = torch.tensor([[*models.prompts[i % len(models.prompts)], 2] for i in range(count)])
         return model.generate(  # type: ignore[no-any-return]
             ids,
             attention_mask=torch.ones_like(ids),
             generation_mode="image",
-            do_sample=not greedy,
+            do_sample=temperature > 0,
             guidance_scale=GUIDANCE,
             max_length=ids.shape[1] + models.grid**2,
         )
@@ -148,8 +148,8 @@ def measure(grid: int, repeats: int, baselines: list[str]) -> dict[str, Any]:
     """Seconds of each way to draw, and how many times ours a baseline takes."""
     models = Models(grid)
     ours = models.draw("fp16")
-    agree = float((ours(2, True) == models.generate(2, True)).double().mean())
-    exact = float((models.draw("fp32")(2, True) == models.generate(2, True)).double().mean())
+    agree = float((ours(2, 0) == models.generate(2, 0)).double().mean())
+    exact = float((models.draw("fp32")(2, 0) == models.generate(2, 0)).double().mean())
     found: dict[str, Any] = {"the same greedy codes": {"fp16": agree, "fp32": exact}, "codes": grid**2}
     ways: dict[str, Drawer] = {"ours, fp16": ours, "ours, fp32": models.draw("fp32")}
     if "generate" in baselines:
@@ -161,7 +161,7 @@ def measure(grid: int, repeats: int, baselines: list[str]) -> dict[str, Any]:
         for turn in range(repeats + 1):
             for name, way in ways.items():
                 started = time.perf_counter()
-                way(count, False)
+                way(count, 1)
                 if turn:  # the first one warms up
                     seconds[name].append(time.perf_counter() - started)
         found[f"{count} pictures"] = {

@@ -120,12 +120,12 @@ def refine(transformer: MarsTransformer, *, side: int, kernel: bool) -> tuple[to
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
 def test_blocks_of_positions_after_an_image_that_was_read(precision: Precision, side: int) -> None:
     transformer = build(precision, language={}, semvie={"low_input": True, "grid_embedding": True, "max_grid": 4})
-    transformer.low_projection = QuantizedLinear(torch.randn(64, 64) / 8, bits=8)  # it starts at zero
+    transformer.add_module("low_projection", QuantizedLinear(torch.randn(64, 64) / 8, bits=8))  # it starts at zero
     found, cache = refine(transformer, side=side, kernel=True)
     assert cache.decoder is not None
     wanted, _ = refine(transformer, side=side, kernel=False)
     assert float((found - wanted).norm() / wanted.norm()) < 5e-3
-    transformer.low_projection = QuantizedLinear(torch.zeros(64, 64), bits=8)
+    transformer.add_module("low_projection", QuantizedLinear(torch.zeros(64, 64), bits=8))
     assert not torch.allclose(refine(transformer, side=side, kernel=True)[0], found, rtol=0.1)
 
 

@@ -17,7 +17,6 @@ from mars.model.quantized import HalfWeight, QuantizedLinear
 from mars.model.semvie import SemVIELayer
 from mars.sequence.layout import Modality
 
-
 MOST_POSITIONS = 128
 """Of all rows in one step of the kernel, whose threads each keep them all; many are done layer by layer."""
 
