@@ -18,7 +18,7 @@ from mars.checkpoint import MarsModel, load_model, read_json, read_tensors, save
 from mars.errors import CheckpointError, RequestError
 from mars.model.language_tensors import tensors_digest
 from mars.model.lora import Adapter, LoraConfig, merged
-from mars.model.precision import Precision
+from mars.model.precision import Precision, is_rounded
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -172,7 +172,7 @@ def adapt(model: MarsModel, lora: Path, *, scale: float = 1.0) -> MarsModel:
         RequestError: if the model's weights are rounded or have an adapter already, or the scale is not finite.
     """
     check_scale(scale)
-    if model.precision != "fp32" or model.lora is not None:
+    if is_rounded(model.precision) or model.lora is not None:
         state = f"rounded to {model.precision}" if model.lora is None else f"those of {model.lora} already"
         raise RequestError(f"an adapter is merged into plain fp32 weights, these are {state}; open the model with it")
     adapter = read_adapter(lora)

@@ -21,7 +21,7 @@ from mars.model.base_llm import open_base_llm
 from mars.model.config import ModelConfig, UpscaleConfig
 from mars.model.hub_folder import is_whole as is_whole_language
 from mars.model.language_tensors import tensors_digest
-from mars.model.precision import Precision, check_model_memory, check_precision, lower_precision
+from mars.model.precision import Precision, check_model_memory, check_precision, is_rounded, lower_precision
 from mars.model.transformer import MarsTransformer, build_transformer
 from mars.sequence.text import TextTokenizer
 
@@ -314,7 +314,7 @@ def load_model(
     llm = open_base_llm(
         language_source(info, folder=folder),
         revision=info.language_revision,
-        dtype=torch.float32 if precision == "fp32" else None,
+        dtype=None if is_rounded(precision) else torch.float32,
         notify=notify,
         check=partial(check_model_memory, shapes, name=info.name, precision=precision),
     )
@@ -325,7 +325,7 @@ def load_model(
         )
     if llm.config != config.language:
         raise CheckpointError(f"{folder / 'config.json'} does not describe {info.language}; its language part is wrong")
-    visual = {name: tensor.float() for name, tensor in stored.items()} if precision == "fp32" else stored
+    visual = stored if is_rounded(precision) else {name: tensor.float() for name, tensor in stored.items()}
     transformer = build_transformer(config, llm.tensors, visual={**visual, **(merge(visual) if merge else {})})
     lower_precision(transformer, precision)
     return MarsModel(

@@ -27,7 +27,7 @@ def test_a_rounded_model_draws_the_same_bytes_twice(run: Run, even_model: Path) 
 @pytest.mark.parametrize(
     ("options", "words", "code"),
     [
-        (["--precision", "int5"], "precision must be one of fp32, int8, int4, got 'int5'", 2),
+        (["--precision", "int5"], "precision must be one of fp32, fp16, int8, int4, got 'int5'", 2),
         (["--model", "nobody/nothing"], "model nobody/nothing is neither in the hub's cache nor can it be", 1),
         (["--model", "nobody/nothing@v1"], "model nobody/nothing at v1 is neither in the hub's cache nor", 1),
         (["--model", "./nobody"], "no model at nobody; name a folder", 1),

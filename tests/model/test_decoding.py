@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 import torch
 
+from mars.errors import ModelError
 from mars.model.cache import StaticCache
 from mars.model.config import LanguageConfig, ModelConfig, SemVIEConfig
-from mars.model.decoding import build_decoder
+from mars.model.decoding import HalfWeights, build_decoder
 from mars.model.kernel import find_kernel
 from mars.model.language_tensors import language_shapes
 from mars.model.precision import Precision, lower_precision
-from mars.model.quantized import KERNEL_ROWS, QuantizedLinear
+from mars.model.quantized import QuantizedLinear
 from mars.model.transformer import MarsTransformer, build_transformer, read_prefixes, start_visual
 from mars.sequence.layout import Modality, Segment, low_image, upscaled_image
 
@@ -83,14 +84,14 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
 def test_a_step_of_the_kernel_is_that_of_the_layers(precision: Precision, kind: str) -> None:
     language, semvie = KINDS[kind]
     transformer = build(precision, language=language, semvie=semvie)
     for rows in (1, 3):
         found, cache = draw(transformer, rows, kernel=True)
         wanted, wanted_cache = draw(transformer, rows, kernel=False)
-        # Activations are rounded to 8 bits: sums in another order put a few on the other side.
+        # Activations are rounded to 8 bits beside codes: sums in another order put a few on the other side.
         assert float((found - wanted).norm() / wanted.norm()) < 2e-3
         torch.testing.assert_close(found[0], wanted[0], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(cache.store[:, 0], wanted_cache.store[:, 0], rtol=1e-3, atol=1e-3)
@@ -130,9 +131,10 @@ def test_upscaling_after_an_image_uses_the_kernel_for_single_positions_only(prec
     assert not torch.allclose(refine(transformer, side=side, kernel=True)[0], found, rtol=0.1)
 
 
-@pytest.mark.parametrize("rows", [8, 9, 17])
-def test_a_row_is_the_same_whatever_is_drawn_beside_it(rows: int) -> None:
-    transformer = build("int4", language={}, semvie={})
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+@pytest.mark.parametrize("rows", [5, 8, 9, 40])
+def test_a_row_is_the_same_whatever_is_drawn_beside_it(precision: Precision, rows: int) -> None:
+    transformer = build(precision, language={}, semvie={})
     alone, _ = draw(transformer, 1, kernel=True)
     together, _ = draw(transformer, rows, kernel=True)
     assert torch.equal(together[:, 0], alone[:, 0])
@@ -201,8 +203,29 @@ def test_what_it_cannot_take_is_left_to_the_layers() -> None:
     whole = build("fp32", language={}, semvie={})
     assert build_decoder(whole.layers, whole.new_static_cache(batch=1, size=8)) is None
     few = build("int8", language={}, semvie={})
-    assert build_decoder(few.layers, few.new_static_cache(batch=KERNEL_ROWS, size=8)) is not None
-    assert build_decoder(few.layers, few.new_static_cache(batch=KERNEL_ROWS + 1, size=8)) is None
+    assert build_decoder(few.layers, few.new_static_cache(batch=1, size=8)) is not None
+    mixed = build("int8", language={}, semvie={})
+    mixed.layers[1] = whole.layers[1]
+    assert build_decoder(mixed.layers, mixed.new_static_cache(batch=1, size=8)) is None
+
+
+def test_copies_in_fp16_follow_the_weights_and_fp16_loses_nothing() -> None:
+    transformer = build("fp16", language={}, semvie={})
+    with torch.no_grad():
+        for weight in transformer.parameters():
+            weight.copy_(weight.half())
+    found, _ = draw(transformer, 2, kernel=True)
+    transformer.halves = None
+    torch.testing.assert_close(found, draw(transformer, 2, kernel=False)[0], rtol=1e-4, atol=1e-4)
+    transformer.halves = HalfWeights()
+    assert torch.equal(draw(transformer, 2, kernel=True)[0], found)
+    with torch.no_grad():
+        transformer.visual_head.weight.neg_()
+    torch.testing.assert_close(draw(transformer, 2, kernel=True)[0], -found)
+    with torch.no_grad():
+        transformer.get_parameter("layers.0.visual.q_proj.weight")[0, 0] = 1e5
+    with pytest.raises(ModelError, match=r"layers\.0\.q: .* fp16, .* got 1e\+05; open the model with precision fp32"):
+        draw(transformer, 2, kernel=True)
 
 
 def test_a_model_that_has_drawn_can_be_sent_to_another_process() -> None:

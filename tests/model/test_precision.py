@@ -127,7 +127,7 @@ def test_tables_of_sixteen_bits_stay_what_they_are(build: Build) -> None:
 
 
 def test_an_unknown_precision_and_a_width_that_does_not_fit_are_one_line(build: Build) -> None:
-    with pytest.raises(ConfigError, match="fp32, int8, int4, got 'int2'"):
+    with pytest.raises(ConfigError, match="fp32, fp16, int8, int4, got 'int2'"):
         lower_precision(build(), "int2")  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="multiple of 32 inputs, got 72"):
         lower_precision(build(width=72), "int4")

@@ -10,7 +10,6 @@ from torch import nn
 from mars.errors import ModelError
 from mars.model.kernel import find_kernel
 from mars.model.quantized import (
-    KERNEL_ROWS,
     Bits,
     QuantizedLinear,
     dequantize,
@@ -72,12 +71,12 @@ def test_zeros_and_a_lone_value_survive(bits: Bits) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 11, KERNEL_ROWS, KERNEL_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 11, 40])
 def test_a_product_is_that_of_the_rounded_weight(bits: Bits, rows: int) -> None:
     weight, bias, x = torch.randn(80, 160), torch.randn(80), torch.randn(rows, 160)
     layer = QuantizedLinear(weight, bias, bits=bits)
     whole = dequantize(layer.codes, layer.scales, bits=bits)
-    kernel = find_kernel() is not None and rows <= KERNEL_ROWS
+    kernel = find_kernel() is not None
     torch.testing.assert_close(layer(x), F.linear(rounded(x) if kernel else x, whole, bias), rtol=1e-4, atol=1e-4)
     assert float((layer(x) - F.linear(x, whole, bias)).norm() / layer(x).norm()) < 0.01
 
@@ -118,8 +117,7 @@ def test_outputs_need_not_fill_the_tiles() -> None:
     layer = QuantizedLinear(weight, bias, bits=8)
     assert layer(x).shape == (3, 21)
     torch.testing.assert_close(layer(x), F.linear(x, weight, bias), rtol=0.05, atol=0.2)
-    many = x.repeat(KERNEL_ROWS, 1)
-    torch.testing.assert_close(layer(many)[:3], layer(x), rtol=0.05, atol=0.2)
+    assert torch.equal(layer(x.repeat(20, 1))[-3:], layer(x))
 
 
 def test_a_width_that_blocks_do_not_divide_is_refused_before_anything_changes() -> None:

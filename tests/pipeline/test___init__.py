@@ -314,7 +314,7 @@ def test_weights_that_blocks_do_not_divide_and_unknown_precisions_are_one_line(t
     ):
         MarsPipeline.from_pretrained(tiny_model, precision="int4")
     for source in (tiny_model, "nobody/nothing"):  # before the hub is asked
-        with pytest.raises(ConfigError, match="precision must be one of fp32, int8, int4, got 'int5'"):
+        with pytest.raises(ConfigError, match="precision must be one of fp32, fp16, int8, int4, got 'int5'"):
             MarsPipeline.from_pretrained(source, precision="int5")  # type: ignore[arg-type]
 
 

@@ -106,7 +106,7 @@ def generate(
     model: Model = None,
     lora: Lora = None,
     lora_scale: LoraScale = 1.0,
-    precision: Precision = "fp32",
+    precision: Precision = "fp16",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -140,7 +140,7 @@ def caption(
     image: Annotated[Path, typer.Argument(help="A PNG, JPEG or WebP file.")],
     lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
     model: Model = None,
-    precision: Precision = "fp32",
+    precision: Precision = "fp16",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -157,7 +157,7 @@ def chat(
     text: Annotated[list[str], typer.Argument(help="What to say; `-` reads standard input.")],
     max_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
     model: Model = None,
-    precision: Precision = "fp32",
+    precision: Precision = "fp16",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -182,7 +182,7 @@ def info(
     gpu: Annotated[str, typer.Option(help="With --preset: what training is planned for.")] = "a100",
     utilisation: Annotated[float | None, typer.Option(help="With --preset: share of the GPU's peak.")] = None,
     pairs: Annotated[list[int] | None, typer.Option(help="With --preset: pairs of a stage; thrice.")] = None,
-    precision: Precision = "fp32",
+    precision: Precision = "fp16",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -229,7 +229,7 @@ def evaluate(
     top_p: TopP = None,
     candidates: Candidates = None,
     model: Model = None,
-    precision: Precision = "fp32",
+    precision: Precision = "fp16",
     debug: Debug = False,
 ) -> None:
     """Measure how well pictures fit their prompts: retrieval among 100 true pictures, English and Chinese."""

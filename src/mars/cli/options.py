@@ -17,7 +17,7 @@ Model = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.", is_eager=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
-Precision = Annotated[str, typer.Option(help="Of the weights in memory: fp32, int8 or int4.")]
+Precision = Annotated[str, typer.Option(help="Of the weights in memory: fp32, fp16, int8 or int4.")]
 
 Lora = Annotated[Path | None, typer.Option(help="A folder with a LoRA adapter, from `mars train` or peft.")]
 LoraScale = Annotated[float, typer.Option(help="How strongly the adapter counts; 1 as it was trained.")]
@@ -35,7 +35,7 @@ def say(message: str) -> None:
 
 
 def open_pipeline(
-    model: str | None, *, precision: str = "fp32", lora: Path | None = None, lora_scale: float = 1.0
+    model: str | None, *, precision: str = "fp16", lora: Path | None = None, lora_scale: float = 1.0
 ) -> "MarsPipeline":
     """The pipeline of a model's folder or hub id (`owner/name`, or `owner/name@revision`), with an adapter if named."""
     from mars.pipeline import MarsPipeline

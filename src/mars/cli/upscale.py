@@ -31,7 +31,7 @@ def upscale(
     top_k: TopK = None,
     top_p: TopP = None,
     model: Model = None,
-    precision: Precision = "fp32",
+    precision: Precision = "fp16",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -29,7 +29,7 @@ typedef struct {
 /* What the threads share. Products are (rows, outputs). */
 typedef struct {
   float *q, *k, *v, *mixed, *gate, *up, *out;
-  Rounded ffn;
+  Rows ffn;                                     /* of the second half: what `down` multiplies */
   int threads;
   atomic_int arrived, meeting;
   atomic_long *next;                            /* the next free piece of work, for each stretch between meetings */
@@ -125,43 +125,44 @@ static void attend(Team *team, const Layer *layer, const Step *step, long row, l
   }
 }
 
-/* SiLU(gate) * up, rounded: this thread's share of it. */
+/* SiLU(gate) * up, rounded or in the place of gate: this thread's share of it. */
 static void gate_up(Team *team, const Layer *layer, const Step *step, int thread) {
-  long inputs = team->ffn.inputs, blocks = inputs / BLOCK, all = step->rows * blocks;
+  long inputs = team->ffn.inputs, blocks = (inputs + BLOCK - 1) / BLOCK, all = step->rows * blocks;
   for (long i = all * thread / team->threads; i < all * (thread + 1) / team->threads; i++) {
-    long row = i / blocks, block = i % blocks;
-    const float *gate = team->gate + row * layer->gate.outputs + block * BLOCK, *up = team->up + row * layer->gate.outputs + block * BLOCK;
-    float values[BLOCK];
+    long row = i / blocks, block = i % blocks, count = least(BLOCK, inputs - block * BLOCK);
+    float *gate = team->gate + row * layer->gate.outputs + block * BLOCK, *up = team->up + row * layer->gate.outputs + block * BLOCK;
+    if (count == BLOCK) {
 #pragma omp simd
-    for (int j = 0; j < BLOCK; j++) values[j] = gate[j] / (1 + exponential(-gate[j])) * up[j];
-    round_block(values, &team->ffn, row, block);
+      for (int j = 0; j < BLOCK; j++) gate[j] = gate[j] / (1 + exponential(-gate[j])) * up[j];
+    } else {
+      for (long j = 0; j < count; j++) gate[j] = gate[j] / (1 + exponential(-gate[j])) * up[j];
+    }
+    if (layer->down.bits != 16) round_block(gate, &team->ffn, row, block);
   }
 }
 
-static void multiply(Team *team, const Rounded *x, const Weight *weights, float *const *outs, long count, atomic_long *next) {
+static void multiply(Team *team, const Rows *x, const Weight *weights, float *const *outs, long count, atomic_long *next) {
   while (run_any_chunk(x, weights, outs, count, atomic_fetch_add(next, 1))) continue;
   meet(team);
 }
 
 static void run_layer(Team *team, const Layer *layer, const Step *step, int thread, float *x, float *scratch, void *rounding,
                       atomic_long *next) {
-  long rows = step->rows, width = step->width;
-  Rounded rounded = rounded_in(rounding, rows, width);
+  long rows = step->rows, width = step->width, bits = layer->q.bits;
   for (long row = 0; row < rows; row++) norm(x + row * width, layer->attention_norm, width, step->eps, scratch + row * width);
-  round_rows(scratch, &rounded);
-  multiply(team, &rounded, &layer->q, (float *const[]){team->q, team->k, team->v}, 3, next);
+  Rows taken = take_rows(scratch, rows, width, bits, rounding);
+  multiply(team, &taken, &layer->q, (float *const[]){team->q, team->k, team->v}, 3, next);
   for (long i; (i = atomic_fetch_add(next + 1, 1)) < rows * step->heads;)
     attend(team, layer, step, i / step->heads, i % step->heads, scratch);
   meet(team);
-  Rounded mixed = rounded_in(rounding, rows, layer->o.inputs);
-  round_rows(team->mixed, &mixed);
-  multiply(team, &mixed, &layer->o, &team->out, 1, next + 2);
+  taken = take_rows(team->mixed, rows, layer->o.inputs, bits, rounding);
+  multiply(team, &taken, &layer->o, &team->out, 1, next + 2);
   for (long row = 0; row < rows; row++) {
     for (long i = 0; i < width; i++) x[row * width + i] += team->out[row * layer->o.outputs + i];
     norm(x + row * width, layer->ffn_norm, width, step->eps, scratch + row * width);
   }
-  round_rows(scratch, &rounded);
-  multiply(team, &rounded, &layer->gate, (float *const[]){team->gate, team->up}, 2, next + 3);
+  taken = take_rows(scratch, rows, width, bits, rounding);
+  multiply(team, &taken, &layer->gate, (float *const[]){team->gate, team->up}, 2, next + 3);
   gate_up(team, layer, step, thread);
   meet(team);
   multiply(team, &team->ffn, &layer->down, &team->out, 1, next + 4);
@@ -186,6 +187,7 @@ int mars_decode(float *x, const Layer *layers, long count, const Step *step) {
     team.k = team.q + rows * queries, team.v = team.k + rows * kv, team.mixed = team.v + rows * kv;
     team.gate = team.mixed + rows * heads, team.up = team.gate + rows * ffn, team.out = team.up + rows * ffn;
     team.ffn = rounded_in(memory + shared, rows, layers->down.inputs);
+    team.ffn.whole = team.gate, team.ffn.stride = ffn;
 #pragma omp parallel
     {
 #pragma omp single

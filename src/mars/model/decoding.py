@@ -1,8 +1,8 @@
 """A step of drawing in one call of the kernel: one position of each row through all layers of the visual expert.
 
 PyTorch takes some twenty operators a layer for it, each of a few microseconds: more than reading the weights takes when
-the model is small, and a fifth of it at 7B in 4 bits. Where all layers are quantized and the kernel is there, this is
-what `MarsTransformer` runs instead; the mathematics are the same, rounding aside.
+the model is small, and a fifth of it at 7B in 4 bits. Where all layers are quantized, or have copies in fp16, and the
+kernel is there, this is what `MarsTransformer` runs instead; the mathematics are the same, rounding aside.
 """
 
 from collections.abc import Iterable
@@ -10,11 +10,38 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from mars.errors import ModelError
 from mars.model.cache import StaticCache
 from mars.model.kernel import Kernel, Layer, Step, find_kernel
-from mars.model.quantized import KERNEL_ROWS, QuantizedLinear
+from mars.model.quantized import HalfWeight, QuantizedLinear
 from mars.model.semvie import SemVIELayer
 from mars.sequence.layout import Modality
+
+
+class HalfWeights:
+    """Copies in fp16 of the weights that drawing reads, made at first use and again when a weight has changed."""
+
+    def __init__(self) -> None:
+        self._copies: dict[str, tuple[tuple[int, int], HalfWeight]] = {}
+
+    def of(self, name: str, linear: nn.Linear) -> HalfWeight:
+        """The copy of a layer's weight; `name` tells it from others.
+
+        Raises:
+            ModelError: if a value is beyond the range of fp16.
+        """
+        weight = linear.weight
+        state = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+        found = self._copies.get(name)
+        if found is None or found[0] != state:
+            copy = HalfWeight.pack(weight)
+            if not bool(copy.codes.isfinite().all()):
+                raise ModelError(
+                    f"{name}: weights must lie in the range of fp16, up to 65,504 in size, got "
+                    f"{float(weight.abs().max()):.3g}; open the model with precision fp32"
+                )
+            self._copies[name] = found = state, copy
+        return found[1]
 
 
 class Decoder:
@@ -23,10 +50,13 @@ class Decoder:
     It holds addresses: the layers and the cache must stay as they are.
     """
 
-    def __init__(self, kernel: Kernel, layers: list[SemVIELayer], cache: StaticCache) -> None:
+    def __init__(
+        self, kernel: Kernel, layers: list[SemVIELayer], cache: StaticCache, halves: HalfWeights | None
+    ) -> None:
         self.kernel = kernel
         self.layers = layers
-        self.addresses = (Layer * len(layers))(*(_describe(layer, cache) for layer in layers))
+        self.halves = halves
+        self.addresses = (Layer * len(layers))(*(_describe(layer, cache, halves) for layer in layers))
         heads, kv_heads, head_width = layers[0].language.heads
         eps = layers[0].norms_of(layers[0].expert(Modality.IMAGE))["ffn_norm"].eps
         self.step = Step(heads=heads, kv_heads=kv_heads, head_width=head_width, size=cache.size, eps=eps)
@@ -45,16 +75,20 @@ class Decoder:
         return x_B1D
 
 
-def build_decoder(layers: Iterable[nn.Module], cache: StaticCache) -> Decoder | None:
-    """A decoder, or None if there is no kernel or these layers and this cache are not what it takes."""
+def build_decoder(layers: Iterable[nn.Module], cache: StaticCache, halves: HalfWeights | None = None) -> Decoder | None:
+    """A decoder, or None if there is no kernel or these layers and this cache are not what it takes.
+
+    Args:
+        halves: where copies of layers that are kept in fp32 are, or will be.
+    """
     visual = [layer for layer in layers if isinstance(layer, SemVIELayer) and layer.visual is not None]
-    on_cpu = cache.store.dtype is torch.float32 and cache.store.device.type == "cpu"
-    if not on_cpu or cache.store.shape[2] > KERNEL_ROWS:
-        return None
-    if not all(isinstance(linear, QuantizedLinear) for layer in visual for linear in _linears(layer).values()):
-        return None
     kernel = find_kernel()
-    return None if kernel is None else Decoder(kernel, visual, cache)
+    if kernel is None or cache.store.dtype is not torch.float32 or cache.store.device.type != "cpu":
+        return None
+    linears = [linear for layer in visual for linear in _linears(layer).values()]
+    if halves is None and not all(isinstance(linear, QuantizedLinear) for linear in linears):
+        return None
+    return Decoder(kernel, visual, cache, halves)
 
 
 def _linears(layer: SemVIELayer) -> dict[str, nn.Module]:
@@ -63,13 +97,18 @@ def _linears(layer: SemVIELayer) -> dict[str, nn.Module]:
     return {name: getattr(expert, f"{name}_proj") for name in names} | {"o": layer.output_of(expert)}
 
 
-def _describe(layer: SemVIELayer, cache: StaticCache) -> Layer:
+def _describe(layer: SemVIELayer, cache: StaticCache, halves: HalfWeights | None) -> Layer:
     keys, values = cache.store[:, cache.places[layer.index]]
     found = Layer(keys=keys.data_ptr(), values=values.data_ptr())
     for name, linear in _linears(layer).items():
-        assert isinstance(linear, QuantizedLinear)
-        setattr(found, name, linear.address())
+        if isinstance(linear, QuantizedLinear):
+            setattr(found, name, linear.address())
+        else:
+            assert isinstance(linear, nn.Linear)
+            assert halves is not None
+            setattr(found, name, halves.of(f"layers.{layer.index}.{name}", linear).address())
         if linear.bias is not None:
+            assert linear.bias.dtype is torch.float32
             setattr(found, f"{name}_bias", linear.bias.data_ptr())
     for name, norm in layer.norms_of(layer.expert(Modality.IMAGE)).items():
         assert norm.weight.dtype is torch.float32

@@ -1,4 +1,10 @@
-"""How a model's weights are kept in memory: whole, or linear layers in 8 or 4 bits and tables in 16."""
+"""How a model's weights are kept in memory.
+
+fp32    whole
+fp16    whole, and drawing reads copies of the visual expert's in fp16, where there is a kernel for it
+int8    linear layers in 8 bits and tables in 16
+int4    linear layers in 4 bits and tables in 16
+"""
 
 from typing import Literal, get_args
 
@@ -7,10 +13,12 @@ from torch import nn
 
 from mars.errors import ConfigError
 from mars.memory import CLOSE_PROGRAMS, check_memory
+from mars.model.decoding import HalfWeights
+from mars.model.kernel import find_kernel
 from mars.model.quantized import BLOCK, Bits, QuantizedLinear, quantize_linears
 from mars.model.transformer import MarsTransformer, is_language
 
-Precision = Literal["fp32", "int8", "int4"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
 _BITS: dict[str, Bits] = {"int8": 8, "int4": 4}
 
 
@@ -20,9 +28,15 @@ def check_precision(precision: str) -> None:
         raise ConfigError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
 
 
+def is_rounded(precision: Precision) -> bool:
+    """Whether the weights in memory are not those on disk any more."""
+    return precision in _BITS
+
+
 @torch.no_grad()
 def lower_precision(transformer: MarsTransformer, precision: Precision) -> None:
-    """Rounds a model's linear layers in place, one after the other; it can only draw and write from then on.
+    """Keeps a model as a precision says: with 8 or 4 bits, linear layers are rounded in place, one after the other, and
+    it can only draw and write from then on.
 
     Tables stay at 16 bits, norms at 32: they are small. A head that is the embedding table becomes a layer of its own.
 
@@ -31,7 +45,9 @@ def lower_precision(transformer: MarsTransformer, precision: Precision) -> None:
         ModelError: if a width is no multiple of what 8 or 4 bits need; nothing is changed then.
     """
     check_precision(precision)
-    if precision == "fp32":
+    if not is_rounded(precision):
+        copied = precision == "fp16" and find_kernel() is not None and transformer.dtype is torch.float32
+        transformer.halves = HalfWeights() if copied else None
         return
     bits = _BITS[precision]
     quantize_linears(transformer, bits=bits)
@@ -51,10 +67,11 @@ def lower_precision(transformer: MarsTransformer, precision: Precision) -> None:
 def bytes_needed(transformer: MarsTransformer, precision: Precision) -> int:
     """Bytes that a model's weights will take in memory, by their shapes alone; rounding needs a little more on the way.
 
-    In fp32 the visual side's only: the language expert stays in its file, unless it must be converted.
+    In fp32 and fp16 the visual side's only: the language expert stays in its file, unless it must be converted.
     """
-    if precision == "fp32":
-        return 4 * sum(weight.numel() for weight in transformer.visual_tensors().values())
+    if not is_rounded(precision):
+        size = 4 if precision == "fp32" else 6
+        return size * sum(weight.numel() for weight in transformer.visual_tensors().values())
     linear = _BITS[precision] + 16 / BLOCK
     bits = 0.0 if hasattr(transformer, "language_head") else linear * transformer.language_embedding.weight.numel()
     for module in transformer.modules():
@@ -68,7 +85,8 @@ def bytes_needed(transformer: MarsTransformer, precision: Precision) -> int:
 
 def check_model_memory(transformer: MarsTransformer, converted: int, *, name: str, precision: Precision) -> None:
     """Raises ModelError if a model will not fit; `converted` are the bytes of an LLM that cannot stay in its file."""
-    smaller = {"fp32": "open it with precision int8 or int4, or ", "int8": "open it with precision int4, or "}
+    larger = "open it with precision int8 or int4, or "
+    smaller = {"fp32": larger, "fp16": larger, "int8": "open it with precision int4, or "}
     needed = bytes_needed(transformer, precision) + converted
     check_memory(needed, what=f"{name} in {precision}", advice=smaller.get(precision, "") + CLOSE_PROGRAMS)
 

@@ -1,14 +1,16 @@
-/* Products of a few activation rows with weights of 8 or 4 bits: what decode.c is built on.
+/* Products of a few activation rows with weights of 16, 8 or 4 bits: what decode.c is built on.
  *
  * Memory is the limit: every weight is read once, by one thread, in the order in which it lies. Weights are kept in
- * tiles of 16 output rows, so that a register holds four inputs of each of them and no sum runs across a register:
+ * tiles of 16 output rows, so that a register holds inputs of each of them and no sum runs across a register:
  *
  *   codes  [tile][block][16 rows x 32 inputs]   8 bits: quarter q of a block holds inputs 4 q .. 4 q + 3 of each row
  *                                               4 bits: byte i of half h is quarters q = h and h + 4 (low, high bits)
  *   scales [tile][block][16 rows] fp16
+ *   codes  [tile][input][16 rows]               16 bits: fp16, without scales
  *
- * A block is 32 inputs. Codes are unsigned, with their zero at 128 or 8. Activations become 8 bits with one scale per
- * block and row, as in llama.cpp; sums inside a block are exact integers. Up to 8 rows share one reading of a weight.
+ * A block is 32 inputs. Codes of 8 and 4 bits are unsigned, with their zero at 128 or 8; activations become 8 bits with
+ * one scale per block and row, as in llama.cpp, and sums inside a block are exact integers. With 16 bits, activations
+ * and sums are fp32. Up to 8 rows share one reading of a weight; a row's sums do not depend on the rows beside it.
  */
 #include <math.h>
 #include <stdint.h>
@@ -20,28 +22,31 @@
 
 enum { TILE = 16, BLOCK = 32, QUARTERS = BLOCK / 4, MOST = 8 };
 enum { LINE = 64, AHEAD = 4096 }; /* bytes of a cache line, and how far in front of the codes memory is asked for more */
-enum { CHUNK = 16 };              /* tiles that a thread takes at once: the next free one, as a core may be disturbed */
+enum { CHUNK = 1 << 17 };         /* bytes that a thread takes at once: the next free ones, as a core may be disturbed */
 
-/* Rows of activations in 8 bits, in groups of MOST that lie behind each other; inside a group the block comes first. */
+/* Rows of activations: as they are, for weights of 16 bits, or
+ * in 8 bits, in groups of MOST that lie behind each other; inside a group the block comes first. */
 typedef struct {
-  int8_t *codes;  /* (groups, blocks, rows of the group, 32) */
-  float *scales;  /* (groups, blocks, rows of the group) */
-  int32_t *sums;  /* of codes, likewise */
+  const float *whole; /* (rows, stride) */
+  long stride;
+  int8_t *codes;      /* (groups, blocks, rows of the group, 32) */
+  float *scales;      /* (groups, blocks, rows of the group) */
+  int32_t *sums;      /* of codes, likewise */
   long rows, inputs;
-} Rounded;
+} Rows;
 
 static size_t rounded_bytes(long rows, long inputs) { return rows * inputs / BLOCK * (BLOCK + sizeof(float) + sizeof(int32_t)); }
 
-static Rounded rounded_in(void *memory, long rows, long inputs) {
+static Rows rounded_in(void *memory, long rows, long inputs) {
   float *scales = memory;
   int32_t *sums = (int32_t *)(scales + rows * inputs / BLOCK);
-  return (Rounded){(int8_t *)(sums + rows * inputs / BLOCK), scales, sums, rows, inputs};
+  return (Rows){.codes = (int8_t *)(sums + rows * inputs / BLOCK), .scales = scales, .sums = sums, .rows = rows, .inputs = inputs};
 }
 
 static inline long least(long a, long b) { return a < b ? a : b; }
 
 /* Rounds 32 values of a row. */
-static inline void round_block(const float *from, const Rounded *to, long row, long block) {
+static inline void round_block(const float *from, const Rows *to, long row, long block) {
   const float round = 12582912; /* 1.5 * 2^23: added to a small number, it leaves the nearest integer in the low bits */
   float largest = 0;
 #pragma omp simd reduction(max : largest)
@@ -63,9 +68,13 @@ static inline void round_block(const float *from, const Rounded *to, long row, l
   to->sums[place] = sum;
 }
 
-static void round_rows(const float *x, const Rounded *to) {
-  for (long row = 0; row < to->rows; row++)
-    for (long block = 0; block < to->inputs / BLOCK; block++) round_block(x + row * to->inputs + block * BLOCK, to, row, block);
+/* x (rows, inputs) as weights of some bits take it; `memory` has room for rounded rows. */
+static Rows take_rows(const float *x, long rows, long inputs, long bits, void *memory) {
+  if (bits == 16) return (Rows){.whole = x, .stride = inputs, .rows = rows, .inputs = inputs};
+  Rows to = rounded_in(memory, rows, inputs);
+  for (long row = 0; row < rows; row++)
+    for (long block = 0; block < inputs / BLOCK; block++) round_block(x + row * inputs + block * BLOCK, &to, row, block);
+  return to;
 }
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -105,6 +114,25 @@ static inline __attribute__((always_inline)) void add_block(Sums *sums, const ui
     __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x_scales[row]));
     sums[row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[row]), both, sums[row]);
   }
+}
+
+enum { CHAINS = 2 }; /* sums of a row that do not wait for each other: of inputs 0, 2, 4 .. and 1, 3, 5 .. */
+
+/* One tile of 16 bits for `rows` activation rows. */
+static inline __attribute__((always_inline)) void run_half_tile(const uint16_t *codes, const float *x, long stride, long inputs,
+                                                                float *out, long out_stride, int rows) {
+  __m512 sums[MOST][CHAINS];
+  for (int row = 0; row < rows; row++)
+    for (int chain = 0; chain < CHAINS; chain++) sums[row][chain] = _mm512_setzero_ps();
+  for (long i = 0; i < inputs; i += CHAINS, codes += CHAINS * TILE) {
+    __builtin_prefetch((const char *)codes + AHEAD, 0, 2);
+    for (int chain = 0; chain < CHAINS; chain++) {
+      __m512 weights = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(codes + chain * TILE)));
+      for (int row = 0; row < rows; row++)
+        sums[row][chain] = _mm512_fmadd_ps(weights, _mm512_set1_ps(x[row * stride + i + chain]), sums[row][chain]);
+    }
+  }
+  for (int row = 0; row < rows; row++) _mm512_storeu_ps(out + row * out_stride, _mm512_add_ps(sums[row][0], sums[row][1]));
 }
 
 #elif defined(__AVX2__) && defined(__F16C__) && defined(__FMA__)
@@ -152,61 +180,103 @@ static inline __attribute__((always_inline)) void add_block(Sums *sums, const ui
   }
 }
 
+/* One half (8 outputs) of a tile of 16 bits, or both, for `rows` activation rows: 16 registers hold 8 sums and no more. */
+static inline __attribute__((always_inline)) void run_half_sides(const uint16_t *codes, const float *x, long stride, long inputs,
+                                                                 float *out, long out_stride, int rows, int sides) {
+  __m256 sums[MOST][2];
+  for (int row = 0; row < rows; row++)
+    for (int side = 0; side < sides; side++) sums[row][side] = _mm256_setzero_ps();
+  for (long i = 0; i < inputs; i++, codes += TILE) {
+    if (i % 2 == 0) __builtin_prefetch((const char *)codes + AHEAD, 0, 2);
+    for (int side = 0; side < sides; side++) {
+      __m256 weights = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(codes + 8 * side)));
+      for (int row = 0; row < rows; row++)
+        sums[row][side] = _mm256_fmadd_ps(weights, _mm256_set1_ps(x[row * stride + i]), sums[row][side]);
+    }
+  }
+  for (int row = 0; row < rows; row++)
+    for (int side = 0; side < sides; side++) _mm256_storeu_ps(out + row * out_stride + 8 * side, sums[row][side]);
+}
+
+static inline __attribute__((always_inline)) void run_half_tile(const uint16_t *codes, const float *x, long stride, long inputs,
+                                                                float *out, long out_stride, int rows) {
+  if (rows <= MOST / 2) {
+    run_half_sides(codes, x, stride, inputs, out, out_stride, rows, 2);
+  } else {
+    run_half_sides(codes, x, stride, inputs, out, out_stride, rows, 1);
+    run_half_sides(codes + 8, x, stride, inputs, out + 8, out_stride, rows, 1);
+  }
+}
+
 #else
 #error "this kernel needs AVX2 with FMA and F16C"
 #endif
 
-/* A weight; outputs is a multiple of 16. */
+/* A weight; outputs is a multiple of 16, inputs one of 32 or (16 bits) of 2. */
 typedef struct {
   const uint8_t *codes;
   const uint16_t *scales;
   long outputs, inputs, bits;
 } Weight;
 
-static inline __attribute__((always_inline)) void run_tiles(const Rounded *x, long first, const Weight *weight, long tile,
-                                                            long end, float *out, int rows, int bits) {
+/* One tile for activation rows `first` .. `first` + `rows`. */
+static inline __attribute__((always_inline)) void run_tile(const Rows *x, long first, const Weight *weight, long tile, float *out,
+                                                           int rows, int bits) {
+  out += first * weight->outputs + tile * TILE;
+  if (bits == 16) {
+    const uint16_t *codes = (const uint16_t *)weight->codes + tile * weight->inputs * TILE;
+    run_half_tile(codes, x->whole + first * x->stride, x->stride, weight->inputs, out, weight->outputs, rows);
+    return;
+  }
   long blocks = weight->inputs / BLOCK, bytes = TILE * BLOCK * bits / 8;
   const int8_t *x_codes = x->codes + first * weight->inputs;
   const float *x_scales = x->scales + first * blocks;
   const int32_t *x_sums = x->sums + first * blocks;
-  for (; tile < end; tile++) {
-    Sums sums[MOST];
-    for (int row = 0; row < rows; row++) sums[row] = zero_sums();
-    for (long block = 0; block < blocks; block++) {
-      const uint8_t *codes = weight->codes + (tile * blocks + block) * bytes;
-      const uint16_t *scales = weight->scales + (tile * blocks + block) * TILE;
-      for (long line = 0; line < bytes; line += LINE) __builtin_prefetch(codes + AHEAD + line, 0, 2);
-      __builtin_prefetch(scales + AHEAD / 16, 0, 2);
-      add_block(sums, codes, scales, x_codes + block * rows * BLOCK, x_scales + block * rows, x_sums + block * rows, rows, bits);
-    }
-    for (int row = 0; row < rows; row++) store_sums(out + (first + row) * weight->outputs + tile * TILE, sums[row]);
+  Sums sums[MOST];
+  for (int row = 0; row < rows; row++) sums[row] = zero_sums();
+  for (long block = 0; block < blocks; block++) {
+    const uint8_t *codes = weight->codes + (tile * blocks + block) * bytes;
+    const uint16_t *scales = weight->scales + (tile * blocks + block) * TILE;
+    for (long line = 0; line < bytes; line += LINE) __builtin_prefetch(codes + AHEAD + line, 0, 2);
+    __builtin_prefetch(scales + AHEAD / 16, 0, 2);
+    add_block(sums, codes, scales, x_codes + block * rows * BLOCK, x_scales + block * rows, x_sums + block * rows, rows, bits);
   }
+  for (int row = 0; row < rows; row++) store_sums(out + row * weight->outputs, sums[row]);
 }
 
-static inline long chunks_of(const Weight *weight) { return (weight->outputs / TILE + CHUNK - 1) / CHUNK; }
+/* Tiles of a chunk. */
+static inline long tiles_of(const Weight *weight) {
+  long tiles = CHUNK / (weight->inputs * TILE * weight->bits / 8);
+  return tiles ? tiles : 1;
+}
 
-/* One chunk of out (rows, outputs) = x times a weight, for rows `first` .. `first` + 8. */
-static void run_chunk(const Rounded *x, long first, const Weight *weight, long chunk, float *out) {
-  long tile = chunk * CHUNK, end = least(tile + CHUNK, weight->outputs / TILE);
-  switch (least(MOST, x->rows - first) + (weight->bits == 4 ? MOST : 0)) {
+static inline long chunks_of(const Weight *weight) { return (weight->outputs / TILE + tiles_of(weight) - 1) / tiles_of(weight); }
+
+/* One chunk of out (rows, outputs) = x times a weight: a tile is read from memory once, for all rows. */
+static void run_chunk(const Rows *x, const Weight *weight, long chunk, float *out) {
+  long tile = chunk * tiles_of(weight), end = least(tile + tiles_of(weight), weight->outputs / TILE);
+  for (; tile < end; tile++) {
+    for (long first = 0; first < x->rows; first += MOST) {
+      switch (least(MOST, x->rows - first) + weight->bits * MOST) {
 #define CASE(N) \
-  case N: run_tiles(x, first, weight, tile, end, out, N, 8); break; \
-  case MOST + N: run_tiles(x, first, weight, tile, end, out, N, 4); break;
-    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+  case N + 16 * MOST: run_tile(x, first, weight, tile, out, N, 16); break; \
+  case N + 8 * MOST: run_tile(x, first, weight, tile, out, N, 8); break; \
+  case N + 4 * MOST: run_tile(x, first, weight, tile, out, N, 4); break;
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
+      }
+    }
   }
 }
 
 /* Chunk number `chunk` of the products of one x with several weights; 0 if there are no more. */
-static int run_any_chunk(const Rounded *x, const Weight *weights, float *const *outs, long count, long chunk) {
-  for (long first = 0; first < x->rows; first += MOST) {
-    for (long i = 0; i < count; i++) {
-      if (chunk < chunks_of(weights + i)) {
-        run_chunk(x, first, weights + i, chunk, outs[i]);
-        return 1;
-      }
-      chunk -= chunks_of(weights + i);
+static int run_any_chunk(const Rows *x, const Weight *weights, float *const *outs, long count, long chunk) {
+  for (long i = 0; i < count; i++) {
+    if (chunk < chunks_of(weights + i)) {
+      run_chunk(x, weights + i, chunk, outs[i]);
+      return 1;
     }
+    chunk -= chunks_of(weights + i);
   }
   return 0;
 }
@@ -215,12 +285,11 @@ static int run_any_chunk(const Rounded *x, const Weight *weights, float *const *
 int mars_multiply(const float *x, long rows, long inputs, const Weight *weights, float *const *outs, long count) {
   void *memory = malloc(rounded_bytes(rows, inputs));
   if (!memory) return 1;
-  Rounded rounded = rounded_in(memory, rows, inputs);
-  round_rows(x, &rounded);
+  Rows taken = take_rows(x, rows, inputs, weights->bits, memory);
   long chunks = 0;
-  for (long i = 0; i < count; i++) chunks += chunks_of(weights + i) * ((rows + MOST - 1) / MOST);
+  for (long i = 0; i < count; i++) chunks += chunks_of(weights + i);
 #pragma omp parallel for schedule(dynamic)
-  for (long chunk = 0; chunk < chunks; chunk++) run_any_chunk(&rounded, weights, outs, count, chunk);
+  for (long chunk = 0; chunk < chunks; chunk++) run_any_chunk(&taken, weights, outs, count, chunk);
   free(memory);
   return 0;
 }

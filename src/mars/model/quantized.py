@@ -1,14 +1,18 @@
 """Weights of 8 or 4 bits: a linear layer that reads an eighth of the bytes, which is what drawing waits for.
 
 Weights are rounded in blocks of 32 inputs, each with its own fp16 scale: 8.5 or 4.5 bits a weight. Codes are symmetric,
-their zero at 128 or 8; scales are chosen as llama.cpp's Q8_0 and Q4_0 choose them. A few rows go through our kernel
-(`quantized.c`, which also rounds activations to 8 bits), many rows or a machine without it through PyTorch's product
-with the weights made whole again.
+their zero at 128 or 8; scales are chosen as llama.cpp's Q8_0 and Q4_0 choose them. Products go through our kernel
+(`quantized.c`, which also rounds activations to 8 bits), or, on a machine without it, through PyTorch's with the
+weights made whole again.
+
+`HalfWeight` is for models that are kept in fp32: a copy of a weight in fp16 that drawing reads instead, in half the
+time. Activations stay in fp32.
 
 Letters: O outputs, I inputs, T tiles of 16 outputs, K blocks of 32 inputs.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,8 +25,6 @@ from mars.model.kernel import KINDS, Weight, find_kernel
 Bits = Literal[4, 8]
 
 BLOCK, TILE, QUARTER = 32, 16, 4
-KERNEL_ROWS = 32
-"""Rows from which PyTorch's product is as fast, the making of whole weights included."""
 
 
 def check_fits(inputs: int, *, name: str) -> None:
@@ -132,7 +134,7 @@ def multiply(x: Tensor, linears: Sequence[QuantizedLinear]) -> list[Tensor]:
     """The products (..., out) of one x (..., in) with several layers, in fp32: x is rounded only once."""
     x = x.float().contiguous()
     rows = x.numel() // linears[0].in_features
-    kernel = find_kernel() if rows <= KERNEL_ROWS else None
+    kernel = find_kernel()
     if kernel is None:
         return [F.linear(x, linear.whole(), linear.bias) for linear in linears]
     products = [x.new_empty(*x.shape[:-1], len(linear.codes) * TILE) for linear in linears]
@@ -155,3 +157,33 @@ def quantize_linears(module: nn.Module, *, bits: Bits, where: str = "model") -> 
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, QuantizedLinear(linear.weight, linear.bias, bits=bits))
         del linear
+
+
+@dataclass(frozen=True)
+class HalfWeight:
+    """A copy of a weight in fp16, in the kernel's order; a copy of fp16 weights in fp32 loses nothing."""
+
+    codes: Tensor
+    """(T, I, 16) fp16; the last tile is filled up with zeros."""
+
+    @classmethod
+    @torch.no_grad()
+    def pack(cls, weight_OI: Tensor) -> "HalfWeight":
+        """Copies a weight (O, I); I must be even."""
+        outputs, inputs = weight_OI.shape
+        filled = F.pad(weight_OI.half(), (0, 0, 0, -outputs % TILE))
+        return cls(filled.view(-1, TILE, inputs).transpose(1, 2).contiguous())
+
+    def address(self) -> Weight:
+        """Where the kernel finds it, as long as it lives."""
+        tiles, inputs, _ = self.codes.shape
+        return Weight(self.codes.data_ptr(), None, tiles * TILE, inputs, 16)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """The product (..., outputs with filler) of x (..., I), in fp32."""
+        kernel = find_kernel()
+        assert kernel is not None, "copies in fp16 are only made where there is a kernel"
+        x = x.float().contiguous()
+        product = x.new_empty(*x.shape[:-1], len(self.codes) * TILE)
+        kernel.multiply(x, x.numel() // x.shape[-1], [self.address()], [product])
+        return product

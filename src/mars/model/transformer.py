@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mars.errors import RequestError
 from mars.model.cache import Cache, Prefix, StaticCache
 from mars.model.config import ModelConfig
-from mars.model.decoding import Decoder, build_decoder
+from mars.model.decoding import Decoder, HalfWeights, build_decoder
 from mars.model.layers import Expert, Linear, Norm
 from mars.model.rope import Rotary
 from mars.model.semvie import SemVIELayer
@@ -57,6 +57,8 @@ class MarsTransformer(nn.Module):
         self.recompute = False
         """Whether layers keep no activations for a backward pass, and compute them again there."""
         self.compiled = False
+        self.halves: HalfWeights | None = None
+        """Copies in fp16 of the visual weights, for drawing; none where it shall read these themselves."""
         language, width = config.language, config.visual_width
         self.vocabulary = Vocabulary(text_size=language.vocab_size, num_codes=config.num_codes)
         self.rotary = Rotary(language.head_width, theta=language.rope_theta, scaling=language.rope_scaling)
@@ -111,7 +113,7 @@ class MarsTransformer(nn.Module):
         if cache.new != 1:
             return None
         if not cache.sought:
-            cache.decoder, cache.sought = build_decoder(self.layers, cache), True
+            cache.decoder, cache.sought = build_decoder(self.layers, cache, self.halves), True
         return cache.decoder
 
     def _run(
@@ -195,6 +197,9 @@ class MarsTransformer(nn.Module):
 
     def visual_logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits of the visual rows at image positions: codes first, then special and dead ids."""
+        if self.halves is not None and hidden_BTD.device.type == "cpu" and not torch.is_grad_enabled():
+            copy = self.halves.of("visual_head", self.visual_head)
+            return copy.multiply(hidden_BTD)[..., : self.vocabulary.visual_rows]
         return cast(Tensor, self.visual_head(hidden_BTD))
 
     def new_cache(self) -> Cache:

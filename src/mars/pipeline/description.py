@@ -2,7 +2,7 @@
 
 from mars.checkpoint import MarsModel
 from mars.model.language_tensors import tensors_digest
-from mars.model.precision import weights_held
+from mars.model.precision import is_rounded, weights_held
 
 
 def describe_model(model: MarsModel) -> dict[str, int | str]:
@@ -11,7 +11,7 @@ def describe_model(model: MarsModel) -> dict[str, int | str]:
     vocabulary, info = transformer.vocabulary, model.info
     factor = codec.config.factor
     held = weights_held(transformer)
-    whole = model.precision == "fp32" and not transformer.released
+    whole = not is_rounded(model.precision) and not transformer.released
     return {
         "name": info.name,
         "language model": info.language,

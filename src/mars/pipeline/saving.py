@@ -15,6 +15,7 @@ from mars.checkpoint import (
 )
 from mars.errors import CheckpointError
 from mars.files import atomic_folder, place_for
+from mars.model.precision import is_rounded
 
 
 def save_with_card(model: MarsModel, folder: Path, *, report: Path | None, hub_id: str | None = None) -> None:
@@ -25,7 +26,7 @@ def save_with_card(model: MarsModel, folder: Path, *, report: Path | None, hub_i
         DataError: if the report is none.
         ModelError: if the report is of other weights.
     """
-    if model.precision != "fp32":
+    if is_rounded(model.precision):
         raise CheckpointError(f"weights rounded to {model.precision} cannot be saved; open the model in fp32")
     found = None if report is None else read_json(report)
     with atomic_folder(place_for(folder, error=CheckpointError, may_replace=is_whole_model)) as partial:
