@@ -22,12 +22,11 @@ from mars.generation.prompts import Prompt, Prompts
 from mars.generation.request import DrawRequest
 from mars.generation.sampling import Noise
 from mars.model.cache import Prefix
-from mars.model.quantized import KERNEL_ROWS
 from mars.model.transformer import MarsTransformer
 from mars.sequence.layout import low_image
 
-MAX_ROWS = KERNEL_ROWS
-"""Rows that run at once; more would mostly wait for each other on a CPU, and the kernel takes no more."""
+CPU_ROWS, OTHER_ROWS = 32, 256
+"""Rows that run at once; more would only wait for each other."""
 MAX_TOKENS = 16_384
 """Places of the cache, rows times the longest of them: 150 MB for the model that comes with the package."""
 
@@ -86,7 +85,8 @@ class Scheduler:
     """Draws what is asked for, all of it together.
 
     Args:
-        rows: at most so many rows of a batch at once. A candidate takes one, or two where it is guided.
+        rows: at most so many rows of a batch at once; the default depends on the device. A candidate takes one, or two
+            where it is guided.
         tokens: at most so many places in the cache at once: rows times the longest of them, prompt and codes.
         prompts: texts that have been read before; default remembers for this scheduler alone.
     """
@@ -95,12 +95,12 @@ class Scheduler:
         self,
         transformer: MarsTransformer,
         *,
-        rows: int = MAX_ROWS,
+        rows: int | None = None,
         tokens: int = MAX_TOKENS,
         prompts: Prompts | None = None,
     ) -> None:
         self.transformer = transformer
-        self.max_rows = rows
+        self.max_rows = rows or (CPU_ROWS if transformer.device.type == "cpu" else OTHER_ROWS)
         self.max_tokens = tokens
         self.prompts = Prompts(transformer) if prompts is None else prompts
         self.drawn = 0
