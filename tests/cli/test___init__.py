@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mars import cli, pipeline
+from mars import cli
 from mars.cli import data, drawing
 from mars.data import scenes
 from mars.data.shards import read_codes, read_pictures, write_pictures
-from mars.pipeline import MarsPipeline
+from mars.generation.sampling import Sampling
+from mars.pipeline import MarsPipeline, orders
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -117,7 +118,7 @@ def test_prompts_come_from_standard_input_one_a_line(run: Run, tiny_model: Path,
 @pytest.fixture
 def two_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pipeline takes two pictures in a call."""
-    monkeypatch.setattr(pipeline, "MAX_IMAGES", 2)
+    monkeypatch.setattr(orders, "MAX_IMAGES", 2)
     monkeypatch.setattr(drawing, "MAX_IMAGES", 2)
 
 
@@ -138,7 +139,7 @@ def test_more_prompts_than_a_call_takes_are_drawn_in_several(
     first = some["pictures"][0]["seed"]
     assert [one["seed"] for one in some["pictures"]] == [first + index for _ in range(5) for index in range(n)]
     assert some["seconds"]["total"] == pytest.approx(some["seconds"]["prompt_and_codes"] + some["seconds"]["pixels"])
-    monkeypatch.setattr(pipeline, "MAX_IMAGES", 5 * n)
+    monkeypatch.setattr(orders, "MAX_IMAGES", 5 * n)
     drawn = MarsPipeline.from_pretrained(tiny_model)(list("abcde"), n=n, seed=first)
     for index, wanted in enumerate(drawn.images):
         with Image.open(f"some/{index:04d}.png") as found:
@@ -176,11 +177,11 @@ def test_one_bar_counts_the_steps_of_all_calls(pipe: MarsPipeline, monkeypatch: 
     monkeypatch.setattr(drawing, "MAX_IMAGES", 2)
     told: list[tuple[int, int]] = []
     drawn = drawing.draw_all(
-        pipe, list("abc"), n=1, seed=1, size=(None, None), negative="", sampling=pipeline.DEFAULT_SAMPLING,
+        pipe, list("abc"), n=1, seed=1, size=(None, None), negative="", sampling=Sampling(candidates=2),
         progress=lambda *done: told.append(done),
     )  # fmt: skip
     assert [len(one.images) for one in drawn] == [2, 1]
-    assert told == [(step, 12) for step in range(1, 13)]
+    assert told == [(done, 36) for done in (*range(4, 25, 4), *range(26, 37, 2))]
 
 
 def test_options_before_the_words_mean_generate_too(run: Run, tiny_model: Path) -> None:

@@ -50,8 +50,8 @@ def test_one_bar_counts_drawing_and_upscaling(tiny_upscaler: Path, monkeypatch: 
         sampling=Sampling(), upscale=True, progress=lambda *done: told.append(done),
     )  # fmt: skip
     assert [len(one.images) for one in drawn] == [2, 1]
-    once = [*range(1, 7), *range(10, 31, 4)]
-    assert told == [(step, 60) for step in once + [30 + step for step in once]]
+    once = [*range(1, 7), *range(10, 31, 4)]  # codes of a picture: six, then 24, four in a step
+    assert told == [(done, 90) for done in [2 * done for done in once] + [60 + done for done in once]]
 
 
 @pytest.mark.parametrize(

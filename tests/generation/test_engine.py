@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from mars.errors import RequestError
-from mars.generation import engine
-from mars.generation.engine import SEED_STRIDE, DrawRequest, continue_text, draw
+from mars.generation import engine, scheduler
+from mars.generation.engine import continue_text
+from mars.generation.request import SEED_STRIDE, DrawRequest
 from mars.generation.sampling import Sampling
 from mars.model.transformer import MarsTransformer
 from mars.sequence.layout import drawn_image, read_image, text_segment
@@ -27,7 +28,11 @@ def transformer(
 
 
 def ask(prompt: Sequence[int], seed: int = 0, **sampling: Any) -> DrawRequest:
-    return DrawRequest(prompt=tuple(prompt), free=FREE, seed=seed, sampling=Sampling(**sampling))
+    return DrawRequest(prompt=tuple(prompt), free=FREE, grid=GRID, seed=seed, sampling=Sampling(**sampling))
+
+
+def draw(transformer: MarsTransformer, requests: Sequence[DrawRequest], **options: Any) -> Tensor:
+    return torch.stack(engine.draw(transformer, requests, **options))
 
 
 MIXED = [
@@ -57,52 +62,51 @@ def likelihood(transformer: MarsTransformer, prompt: Sequence[int], codes: Tenso
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_of_several_candidates_the_likeliest_is_kept(transformer: MarsTransformer, guidance: float) -> None:
     request = ask(PROMPTS[2], 11, guidance=guidance, temperature=1.5, candidates=6)
-    kept = draw(transformer, [request], grid=GRID)[0]
-    alone = [
-        draw(transformer, [ask(PROMPTS[2], (11 + number * SEED_STRIDE) % 2**63, guidance=guidance, temperature=1.5)],
-             grid=GRID)[0]
-        for number in range(6)
-    ]  # fmt: skip
+    kept = draw(transformer, [request])[0]
+    seeds = [(11 + number * SEED_STRIDE) % 2**63 for number in range(6)]
+    alone = [draw(transformer, [ask(PROMPTS[2], seed, guidance=guidance, temperature=1.5)])[0] for seed in seeds]
     found = [likelihood(transformer, PROMPTS[2], codes) for codes in alone]
     assert torch.equal(kept, alone[found.index(max(found))])
     assert len(set(found)) > 3
 
 
-def test_candidates_are_drawn_in_batches_and_change_no_other_request(
+def test_candidates_change_no_other_request_however_many_run_at_once(
     transformer: MarsTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = [*MIXED[:3], ask(PROMPTS[3], 8, candidates=5), ask(PROMPTS[1], 9, candidates=2)]
-    wanted = torch.stack([draw(transformer, [request], grid=GRID)[0] for request in requests])
-    assert torch.equal(draw(transformer, requests, grid=GRID), wanted)
-    monkeypatch.setattr(engine, "MAX_ROWS", 4)
+    wanted = torch.stack([draw(transformer, [request])[0] for request in requests])
+    assert torch.equal(draw(transformer, requests), wanted)
+    monkeypatch.setattr(scheduler, "CPU_ROWS", 4)
     seen: list[tuple[int, int]] = []
-    assert torch.equal(draw(transformer, requests, grid=GRID, progress=lambda *both: seen.append(both)), wanted)
-    assert seen == [(done, 18) for done in range(1, 19)]  # 3, then 5, then 2 candidates
+    assert torch.equal(draw(transformer, requests, progress=lambda *both: seen.append(both)), wanted)
+    assert seen[0] == (2, 60)  # of three pictures, two are guided: the third waits
+    assert seen[-1] == (60, 60)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
 def test_a_batch_is_its_requests_one_by_one(transformer: MarsTransformer) -> None:
-    together = draw(transformer, MIXED, grid=GRID)
+    together = draw(transformer, MIXED)
     assert together.shape == (len(MIXED), *GRID)
     assert together.dtype == torch.int64
     for row, request in enumerate(MIXED):
-        assert torch.equal(draw(transformer, [request], grid=GRID)[0], together[row]), row
+        assert torch.equal(draw(transformer, [request])[0], together[row]), row
     assert torch.equal(together[1], together[5])
     assert len({tuple(codes.flatten().tolist()) for codes in together}) == 5
 
 
 def test_the_order_of_a_batch_does_not_matter(transformer: MarsTransformer) -> None:
-    assert torch.equal(draw(transformer, MIXED[::-1], grid=GRID).flip(0), draw(transformer, MIXED, grid=GRID))
+    assert torch.equal(draw(transformer, MIXED[::-1]).flip(0), draw(transformer, MIXED))
 
 
 def test_greedy_codes_are_those_of_the_full_pass_at_every_place(transformer: MarsTransformer) -> None:
-    drawn = draw(transformer, [ask(prompt, temperature=0) for prompt in PROMPTS], grid=GRID)
+    drawn = draw(transformer, [ask(prompt, temperature=0) for prompt in PROMPTS])
     for prompt, codes in zip(PROMPTS, drawn, strict=True):
         assert full_logits(transformer, prompt, codes).argmax(dim=1).tolist() == codes.flatten().tolist()
 
 
 def test_guided_codes_are_those_of_two_full_passes(transformer: MarsTransformer) -> None:
     requests = [ask(prompt, temperature=0, guidance=4.0) for prompt in PROMPTS]
-    for request, codes in zip(requests, draw(transformer, requests, grid=GRID), strict=True):
+    for request, codes in zip(requests, draw(transformer, requests), strict=True):
         prompted, free = (full_logits(transformer, text, codes) for text in (request.prompt, request.free))
         assert (free + 4 * (prompted - free)).argmax(dim=1).tolist() == codes.flatten().tolist()
 
@@ -110,33 +114,33 @@ def test_guided_codes_are_those_of_two_full_passes(transformer: MarsTransformer)
 def test_guidance_1_is_no_guidance(transformer: MarsTransformer) -> None:
     plain = [replace(ask(prompt, 3), free=(99,)) for prompt in PROMPTS]
     assert torch.equal(
-        draw(transformer, [replace(one, sampling=Sampling(guidance=1.0)) for one in plain], grid=GRID),
-        draw(transformer, [replace(one, free=FREE, sampling=Sampling()) for one in plain], grid=GRID),
+        draw(transformer, [replace(one, sampling=Sampling(guidance=1.0)) for one in plain]),
+        draw(transformer, [replace(one, free=FREE, sampling=Sampling()) for one in plain]),
     )
 
 
 def test_the_prompt_the_seed_and_the_free_text_each_matter(transformer: MarsTransformer) -> None:
     base = ask(PROMPTS[0], 1, guidance=3.0)
     others = [replace(base, prompt=PROMPTS[2]), replace(base, seed=2), replace(base, free=(1, 99, 98))]
-    drawn = draw(transformer, [base, *others], grid=GRID)
+    drawn = draw(transformer, [base, *others])
     assert all(not torch.equal(drawn[0], other) for other in drawn[1:])
 
 
 def test_progress_is_told_after_each_code(transformer: MarsTransformer) -> None:
     told: list[tuple[int, int]] = []
-    draw(transformer, [ask(PROMPTS[0])], grid=GRID, progress=lambda done, total: told.append((done, total)))
+    draw(transformer, [ask(PROMPTS[0])], progress=lambda done, total: told.append((done, total)))
     assert told == [(done, 6) for done in range(1, 7)]
 
 
 def test_a_sequence_that_does_not_fit_is_one_line(transformer: MarsTransformer) -> None:
     limit = transformer.config.language.max_positions
-    draw(transformer, [ask([1] * (limit - 6))], grid=GRID)
+    draw(transformer, [ask([1] * (limit - 6))])
     with pytest.raises(RequestError, match=f"must fit into {limit} positions, got {limit + 1}; shorten the prompt"):
-        draw(transformer, [ask([1] * (limit - 5))], grid=GRID)
+        draw(transformer, [ask([1] * (limit - 5))])
 
 
 def test_drawing_leaves_a_model_that_can_be_trained(transformer: MarsTransformer) -> None:
-    codes = draw(transformer, [ask(PROMPTS[0])], grid=GRID)
+    codes = draw(transformer, [ask(PROMPTS[0])])
     cache = transformer.new_cache()
     transformer(text_segment([PROMPTS[0]]), cache)
     transformer(drawn_image(codes, transformer.vocabulary), cache).sum().backward()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mars.errors import RequestError
-from mars.generation.sampling import Sampling, restrict, sample
+from mars.generation.sampling import NOISE_PLACES, Noise, Sampler, Sampling, gumbel, sample
 
 LOGITS = st.lists(st.integers(-40, 40), min_size=2, max_size=12, unique=True).map(
     lambda values: [v / 8 for v in values]
@@ -19,8 +19,12 @@ def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+def restrict(logits: Tensor, *samplings: Sampling) -> Tensor:
+    return Sampler(samplings, device=logits.device).restrict(logits)
+
+
 def kept(logits: list[float], sampling: Sampling) -> set[int]:
-    return set(torch.isfinite(restrict(torch.tensor(logits), sampling)).nonzero()[:, 0].tolist())
+    return set(torch.isfinite(restrict(torch.tensor([logits]), sampling)[0]).nonzero()[:, 0].tolist())
 
 
 def softmax(logits: list[float]) -> list[float]:
@@ -52,9 +56,31 @@ def test_top_p_counts_what_top_k_has_kept() -> None:
 
 
 def test_what_is_kept_keeps_its_logit() -> None:
-    logits = torch.tensor([0.5, 2.0, -1.0, 1.0])
-    assert restrict(logits, Sampling(top_k=2)).tolist() == [-math.inf, 2.0, -math.inf, 1.0]
+    logits = torch.tensor([[0.5, 2.0, -1.0, 1.0]])
+    before = logits.clone()
+    assert restrict(logits, Sampling(top_k=2)).tolist() == [[-math.inf, 2.0, -math.inf, 1.0]]
     assert restrict(logits, Sampling()) is logits
+    assert torch.equal(logits, before)
+
+
+def test_every_row_is_restricted_as_if_it_were_alone() -> None:
+    logits = torch.randn(6, 40)
+    samplings = [
+        Sampling(top_k=3), Sampling(), Sampling(top_p=0.4, temperature=2.0), Sampling(top_k=9, top_p=0.5),
+        Sampling(top_k=100), Sampling(top_p=0.2, temperature=0),
+    ]  # fmt: skip
+    together = restrict(logits, *samplings)
+    for row, sampling in enumerate(samplings):
+        assert torch.equal(restrict(logits[row : row + 1], sampling)[0], together[row])
+    assert together.isfinite().sum(dim=1).tolist()[:2] == [3, 40]
+
+
+@pytest.mark.parametrize("block", [1, 4, 9, 25])
+def test_noise_is_that_of_one_stream_whatever_is_made_ahead(block: int) -> None:
+    noise = Noise(7, block=block, ids=11, device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(7)
+    steps = 3 * NOISE_PLACES // block + 2
+    assert torch.equal(torch.stack([noise.take() for _ in range(steps)]), gumbel(generator, steps, block, 11))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-6])

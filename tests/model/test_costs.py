@@ -8,9 +8,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mars.generation.engine import DrawRequest, draw
+from mars.generation.engine import draw
+from mars.generation.request import DrawRequest
 from mars.generation.sampling import Sampling
-from mars.generation.super_resolution import UpscaleRequest, upscale
 from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.image_tokenizer.model import ImageTokenizer
 from mars.model.config import ModelConfig
@@ -141,7 +141,8 @@ def test_the_cache_takes_what_is_said(build: Build, options: dict[str, Any]) -> 
 
 def request(prompt: int, *, guidance: float) -> DrawRequest:
     sampling = Sampling(temperature=1.0, top_k=0, top_p=1.0, guidance=guidance)
-    return DrawRequest(prompt=tuple(range(1, prompt + 1)), free=(1,), seed=0, sampling=sampling)
+    text = tuple(range(1, prompt + 1))
+    return DrawRequest(prompt=text, free=text[::-1], grid=(3, 4), seed=0, sampling=sampling)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -149,7 +150,7 @@ def request(prompt: int, *, guidance: float) -> DrawRequest:
 def test_drawing_costs_what_pytorch_counts(build: Build, options: dict[str, Any], guidance: float) -> None:
     real = build(**options)
     with counted() as counter:
-        draw(real, [request(5, guidance=guidance)], grid=(3, 4))
+        draw(real, [request(5, guidance=guidance)])
     expected = FlopCount(meta_transformer(real.config)).draw(prompt=5, codes=12, guided=guidance != 1)
     assert counter.get_total_flops() == expected
 
@@ -194,9 +195,9 @@ def test_a_sample_of_super_resolution_costs_what_pytorch_counts(
 @pytest.mark.parametrize(("side", "guidance"), [(1, 3.0), (2, 1.0)])
 def test_upscaling_costs_what_pytorch_counts(build: Build, options: dict[str, Any], side: int, guidance: float) -> None:
     real = build(**options, low_input=True)
-    asked = UpscaleRequest(**vars(request(5, guidance=guidance)), low=torch.randint(13, (2, 2)))
+    asked = replace(request(5, guidance=guidance), grid=(4, 4), low=torch.randint(13, (2, 2)), side=side)
     with counted() as counter:
-        upscale(real, [asked], scale=2, side=side)
+        draw(real, [asked])
     count = FlopCount(meta_transformer(real.config))
     assert counter.get_total_flops() == count.draw(prompt=5, codes=16, guided=guidance != 1, low=5, block=side**2)
 

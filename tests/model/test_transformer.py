@@ -242,10 +242,10 @@ def test_the_grid_says_row_and_column_of_the_code_that_a_position_predicts(build
     transformer, plain = build(grid_embedding=True), build()
     codes = torch.randint(13, (1, 2, 3))
     whole = drawn_image(codes, transformer.vocabulary)
-    for segment in (whole, replace(whole, ids=whole.ids[:, 4:], start=4)):
+    for segment, start in ((whole, 0), (replace(whole, ids=whole.ids[:, 4:], start=4), 4)):
         embedded = transformer.embed(segment)
         for at in range(segment.ids.shape[1]):
-            row, column = divmod(segment.start + at, 3)
+            row, column = divmod(start + at, 3)
             id_row = transformer.visual_embedding.weight[segment.ids[0, at] - transformer.vocabulary.first_code]
             wanted = id_row + transformer.visual_grid["rows"][row] + transformer.visual_grid["columns"][column]
             torch.testing.assert_close(embedded[0, at], wanted)

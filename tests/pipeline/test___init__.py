@@ -30,7 +30,8 @@ from mars.model.base_llm import open_base_llm
 from mars.model.language_tensors import tensors_digest
 from mars.model.lora import LoraConfig, adapter_of, add_lora, lora_tensors
 from mars.model.precision import Precision
-from mars.pipeline import MAX_IMAGES, MarsPipeline
+from mars.pipeline import MarsPipeline
+from mars.pipeline.orders import MAX_IMAGES
 
 PROMPTS = ["a red apple", "红苹果", "x", "a long prompt about nothing at all"]
 

@@ -8,8 +8,9 @@ from mars.cli.progress import Report
 from mars.errors import RequestError
 from mars.files import whole_file
 from mars.generation.sampling import Sampling
-from mars.pipeline import MAX_IMAGES, Generated, MarsPipeline
+from mars.pipeline import MarsPipeline
 from mars.pipeline.checks import find_grid
+from mars.pipeline.orders import MAX_IMAGES, Generated
 from mars.pipeline.upscaling import find_upscaling
 
 
@@ -60,29 +61,27 @@ def draw_all(
         RequestError: if the size, `n` or the seed cannot be used, or the model cannot upscale.
     """
     pipe.check_prompts(prompts)
-    more = 0
-    if upscale:
-        factor, scale = pipe.model.image_tokenizer.config.factor, find_upscaling(pipe.model.info).scale
-        rows, columns = find_grid(*size, sizes=pipe.sizes, factor=factor)
-        more = rows * columns * scale**2
+    factor = pipe.model.image_tokenizer.config.factor
+    rows, columns = find_grid(*size, sizes=pipe.sizes, factor=factor)
+    low = sampling.candidates * rows * columns
+    high = rows * columns * find_upscaling(pipe.model.info).scale ** 2 if upscale else 0
+    done = 0
+
+    def report(codes: int, _: int) -> None:
+        if progress is not None:
+            progress(done + codes, len(prompts) * n * (low + high))
+
     some = max(1, MAX_IMAGES // max(1, n))
-    starts = range(0, len(prompts), some)
-    drawing = 0
-    for call, start in enumerate(starts):
-
-        def report(done: int, total: int, call: int = call) -> None:
-            nonlocal drawing
-            drawing = total
-            if progress is not None:
-                progress(call * (total + more) + done, len(starts) * (total + more))
-
+    for start in range(0, len(prompts), some):
         drawn = pipe(
             prompts[start : start + some], n=n, seed=seed, width=size[0], height=size[1], negative_prompt=negative,
             sampling=sampling, progress=report,
         )  # fmt: skip
         seed = drawn.seeds[0]  # where it was left to chance, all calls share it
+        done += low * len(drawn.images)
         if upscale:
             seconds = drawn.seconds
-            drawn = pipe.upscale(drawn, progress=lambda done, _: report(drawing + done, drawing))
+            drawn = pipe.upscale(drawn, progress=report)
             drawn = replace(drawn, seconds={name: value + seconds[name] for name, value in drawn.seconds.items()})
+            done += high * len(drawn.images)
         yield drawn

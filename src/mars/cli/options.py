@@ -65,7 +65,7 @@ def sampling_of(
     """The pipeline's settings, or others, with what was asked for in their place."""
     from dataclasses import replace
 
-    from mars.pipeline import DEFAULT_SAMPLING
+    from mars.pipeline.orders import DEFAULT_SAMPLING
 
     asked: dict[str, Any] = {
         "guidance": guidance,

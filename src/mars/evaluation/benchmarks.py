@@ -31,11 +31,13 @@ from mars.evaluation.features import PACKAGE, EfficientNetLite0
 from mars.evaluation.metrics import hits, ranks, summary
 from mars.evaluation.questions import CANDIDATES, LANGUAGES, POOL, SETS, Question, Seen, choose_questions
 from mars.evaluation.report import Pair, contact_sheet, open_folder, write_report
-from mars.generation.engine import DrawRequest, draw
+from mars.generation.engine import draw
+from mars.generation.request import DrawRequest
 from mars.generation.sampling import Sampling
 from mars.image_tokenizer.losses import PerceptualDistance
 from mars.image_tokenizer.model import ImageTokenizer
-from mars.pipeline import DEFAULT_SAMPLING, MarsPipeline
+from mars.pipeline import MarsPipeline
+from mars.pipeline.orders import DEFAULT_SAMPLING
 from mars.training.tokenizer_trainer import evaluate_tokenizer, reconstruction_grid
 
 FLOOR_PICTURES = 64
@@ -258,11 +260,13 @@ class _Bench:
         empty = (self.pipe.model.text_tokenizer.bos_id,)
         plain = replace(self.sampling, guidance=1.0)
         seeds = range(self.seed, self.seed + FLOOR_PICTURES)
-        requests = [DrawRequest(prompt=empty, free=empty, seed=number, sampling=plain) for number in seeds]
+        requests = [
+            DrawRequest(prompt=empty, free=empty, grid=self.pipe.model.info.grids[0], seed=number, sampling=plain)
+            for number in seeds
+        ]
         pictures: list[Image.Image] = []
         for some in _batches(requests):
-            codes = draw(self.pipe.model.transformer, some, grid=self.pipe.model.info.grids[0])
-            pictures += self.pipe.decode(codes)
+            pictures += self.pipe.decode(torch.stack(draw(self.pipe.model.transformer, some)))
         return pictures
 
     def draw_and_rank(self, questions: Sequence[Question], *, features: Features, language: str) -> Drawn:

@@ -1,10 +1,10 @@
 """Classifier-free guidance (Ho and Salimans 2022): rows with and without their prompt run in one batch.
 
-    rows of the batch   [ request 0 | request 1 | ... | prompt-free 0 | prompt-free 2 | ... ]
+    rows of a batch     [ picture 0 | picture 0, prompt-free | picture 1 | picture 2, prompt-free | picture 2 ]
 
-Only requests that are guided have a second row, so guidance 1 costs nothing and changes nothing.
+Only pictures that are guided have a second row, so guidance 1 costs nothing and changes nothing.
 
-Letters: B requests, V ids.
+Letters: B rows, P pictures, K codes of a step, V ids.
 """
 
 from collections.abc import Sequence
@@ -14,26 +14,34 @@ from torch import Tensor
 
 
 class Guidance:
-    """Which rows are guided, and how strongly. `scales` holds one number per request; 1 is none."""
+    """Which row is whose, and how strongly pictures are guided.
 
-    def __init__(self, scales: Sequence[float]) -> None:
-        self.guided = [index for index, scale in enumerate(scales) if scale != 1]
-        self.count = len(scales)
-        self.scales = torch.tensor([scales[index] for index in self.guided])[:, None]
+    Args:
+        rows: of each row, the number of its picture and whether it is the prompt-free one.
+        scales: of each picture; 1 is none.
+    """
 
-    @property
-    def rows(self) -> int:
-        """Rows of the batch."""
-        return self.count + len(self.guided)
+    def __init__(self, rows: Sequence[tuple[int, bool]], scales: Sequence[float], *, device: torch.device) -> None:
+        prompted = {picture: row for row, (picture, free) in enumerate(rows) if not free}
+        free = {picture: row for row, (picture, free) in enumerate(rows) if free}
+        self.guided = sorted(free)
+        self.picture_B = torch.tensor([picture for picture, _ in rows], device=device)
+        self.prompted_P = torch.tensor([prompted[picture] for picture in range(len(scales))], device=device)
+        self.free = torch.tensor([free[picture] for picture in self.guided], dtype=torch.long, device=device)
+        self.scales = torch.tensor([scales[picture] for picture in self.guided], device=device)[:, None, None]
 
-    def combine(self, logits: Tensor) -> Tensor:
-        """Logits (rows, V) of the whole batch to guided logits (B, V)."""
-        if not self.guided:
-            return logits
-        prompted, free = logits[: self.count], logits[self.count :]
-        guided = free + self.scales.to(logits) * (prompted[self.guided] - free)
-        return prompted.index_copy(0, torch.tensor(self.guided, device=logits.device), guided)
+    def prompted(self, logits_BKV: Tensor) -> Tensor:
+        """Logits (P, K, V) after the prompts, not guided."""
+        return logits_BKV[self.prompted_P]
 
-    def spread(self, ids_B: Tensor) -> Tensor:
-        """Chosen ids (B,) to the rows of the batch (rows,)."""
-        return torch.cat([ids_B, ids_B[self.guided]]) if self.guided else ids_B
+    def combine(self, logits_BKV: Tensor) -> Tensor:
+        """Guided logits (P, K, V)."""
+        logits_PKV = self.prompted(logits_BKV)
+        if self.guided:
+            free = logits_BKV[self.free]
+            logits_PKV[self.guided] = free + self.scales.to(free) * (logits_PKV[self.guided] - free)
+        return logits_PKV
+
+    def spread(self, of_P: Tensor) -> Tensor:
+        """What pictures have (P, ...), for their rows (B, ...)."""
+        return of_P[self.picture_B]

@@ -1,6 +1,6 @@
 """One id out of logits, per row: each row has its own settings and its own source of randomness.
 
-Letters: B rows, V ids to choose from.
+Letters: B rows, V ids to choose from, K codes of a step.
 """
 
 import math
@@ -13,6 +13,8 @@ from torch import Tensor
 from mars.errors import RequestError
 
 MAX_CANDIDATES = 64
+NOISE_PLACES = 16
+"""Codes of a picture whose noise is made at once: a megabyte of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,30 +45,85 @@ class Sampling:
             raise RequestError(f"candidates must lie in 1..{MAX_CANDIDATES}, got {self.candidates}")
 
 
-def restrict(logits_V: Tensor, sampling: Sampling) -> Tensor:
-    """Logits (V,) of one row with what top-k and top-p drop at minus infinity."""
-    if 0 < sampling.top_k < len(logits_V):
-        least = logits_V.topk(sampling.top_k).values[-1]
-        logits_V = logits_V.masked_fill(logits_V < least, -torch.inf)
-    if sampling.top_p < 1:
-        ordered, order = logits_V.sort(descending=True)
-        shares = (ordered / sampling.temperature if sampling.temperature else ordered).softmax(dim=0)
-        before = shares.cumsum(dim=0) - shares
-        logits_V = logits_V.scatter(0, order[before >= sampling.top_p], -torch.inf)
-    return logits_V
+class Sampler:
+    """The settings of several rows as tensors: made once, used at every step."""
+
+    def __init__(self, samplings: Sequence[Sampling], *, device: torch.device) -> None:
+        self.warm = any(one.temperature > 0 for one in samplings)
+        """Whether any row needs noise."""
+        temperatures = [one.temperature or 1.0 for one in samplings]
+        self.temperatures_B1 = torch.tensor(temperatures, dtype=torch.float64, device=device)[:, None]
+        self.top_k = [(row, one.top_k) for row, one in enumerate(samplings) if one.top_k]
+        self.top_p = [(row, one.top_p) for row, one in enumerate(samplings) if one.top_p < 1]
+        self.device = device
+
+    def restrict(self, logits_BV: Tensor) -> Tensor:
+        """Logits with what top-k and top-p drop at minus infinity."""
+        if self.top_k:
+            rows, counts = zip(*self.top_k, strict=True)
+            few = torch.tensor(counts, device=self.device).clamp(max=logits_BV.shape[1])
+            chosen = logits_BV[list(rows)]
+            least = chosen.topk(min(max(counts), logits_BV.shape[1])).values.gather(1, few[:, None] - 1)
+            logits_BV = logits_BV.clone()
+            logits_BV[list(rows)] = chosen.masked_fill(chosen < least, -torch.inf)
+        if self.top_p:
+            rows, shares = zip(*self.top_p, strict=True)
+            chosen = logits_BV[list(rows)]
+            ordered, order = chosen.sort(descending=True)
+            spread = (ordered / self.temperatures_B1[list(rows)].to(ordered)).softmax(dim=1)
+            late = spread.cumsum(dim=1) - spread >= torch.tensor(shares, device=self.device)[:, None]
+            logits_BV = logits_BV.clone()
+            logits_BV[list(rows)] = chosen.masked_fill(torch.zeros_like(late).scatter(1, order, late), -torch.inf)
+        return logits_BV
+
+    def choose(self, logits_BV: Tensor, noise_BV: Tensor | None) -> Tensor:
+        """One id per row, (B,): a row's depends on its own logits, settings and noise alone.
+
+        Args:
+            noise_BV: `gumbel` noise in float64, zeros for rows without a temperature; null where no row needs any.
+        """
+        kept_BV = self.restrict(logits_BV)
+        if noise_BV is None:
+            return kept_BV.argmax(dim=1)
+        return (kept_BV.double() / self.temperatures_B1 + noise_BV).argmax(dim=1)
+
+
+def gumbel(generator: torch.Generator, *shape: int) -> Tensor:
+    """Noise in float64: the largest of logits plus noise is a draw from their softmax (Gumbel's trick)."""
+    uniform = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
+    return uniform.clamp_(min=1e-300).log_().neg_().log_().neg_()
+
+
+class Noise:
+    """The noise of one picture's codes: a function of its seed and of the place of a code, whatever is drawn beside it.
+
+    It is made for many places at once, which is quicker.
+    """
+
+    def __init__(self, seed: int, *, block: int, ids: int, device: torch.device) -> None:
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.block = block
+        self.ids = ids
+        self.steps = max(1, NOISE_PLACES // block)
+        self.step = 0
+        self.ahead = torch.empty(0)
+
+    def take(self) -> Tensor:
+        """The noise of the next step, (K, V)."""
+        place = self.step % self.steps
+        if not place:
+            self.ahead = gumbel(self.generator, self.steps, self.block, self.ids)
+        self.step += 1
+        return self.ahead[place]
 
 
 def sample(logits_BV: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]) -> Tensor:
-    """One id per row, (B,). A row's draw depends on its own logits, settings and generator alone.
-
-    Gumbel's trick: the largest of logits plus noise is a draw from their softmax, without a sum or a copy to the host.
-    """
-    chosen = []
-    for logits_V, sampling, generator in zip(logits_BV, samplings, generators, strict=True):
-        kept_V = restrict(logits_V, sampling)
-        if sampling.temperature > 0:
-            uniform_V = torch.rand(kept_V.shape, generator=generator, device=kept_V.device, dtype=torch.float64)
-            noise_V = -torch.log(-torch.log(uniform_V.clamp(min=1e-300)))
-            kept_V = kept_V.double() / sampling.temperature + noise_V
-        chosen.append(kept_V.argmax())
-    return torch.stack(chosen)
+    """One id per row, (B,), with noise from a generator each, where the row's temperature asks for it."""
+    sampler, ids = Sampler(samplings, device=logits_BV.device), logits_BV.shape[1]
+    if not sampler.warm:
+        return sampler.choose(logits_BV, None)
+    noise = [
+        gumbel(generator, ids) if one.temperature else logits_BV.new_zeros(ids, dtype=torch.float64)
+        for one, generator in zip(samplings, generators, strict=True)
+    ]
+    return sampler.choose(logits_BV, torch.stack(noise))

@@ -183,7 +183,7 @@ class FlopCount:
         """A picture drawn after a prompt, which is read.
 
         Args:
-            guided: with guidance there is a second row, padded to the prompt's length.
+            guided: with guidance there is a second row, whose text is taken to be as long as the prompt.
             low: positions of a picture of lower resolution that is read first.
             block: codes of a step.
         """

@@ -8,7 +8,6 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +20,22 @@ import mars
 from mars.adapter import adapt, load_adapted
 from mars.checkpoint import MarsModel, is_whole_model, load_model
 from mars.errors import ModelError, PromptError, RequestError
-from mars.generation.engine import DrawRequest, Progress, continue_text, draw
+from mars.generation.engine import Progress, continue_text
+from mars.generation.prompts import Prompts
 from mars.generation.sampling import Sampling
-from mars.generation.super_resolution import UpscaleRequest, upscale
 from mars.hub import hub_folder, is_hub_id, upload
 from mars.model.precision import Precision, check_precision
 from mars.picture import GeneratedImage, on_white_page, open_picture
-from mars.pipeline.checks import all_seeds, find_grid
 from mars.pipeline.description import describe_model
+from mars.pipeline.drawings import DrawingFailed, Drawings, Drawn, Preview, unfinished
+from mars.pipeline.orders import DEFAULT_SAMPLING, Generated, Order, draw_order, upscale_order
 from mars.pipeline.saving import save_with_card
-from mars.pipeline.upscaling import UPSCALE_SAMPLING, check_low_codes, find_upscaling
+from mars.pipeline.upscaling import UPSCALE_SAMPLING
 from mars.sequence.text import CAPTION_HINTS
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "mars-mini"
 """The model that comes with the package."""
-MAX_IMAGES = 64
-"""Pictures in one call; more rows than this only wait for each other."""
 MAX_PROMPT_TOKENS = 512
-DEFAULT_SAMPLING = Sampling(temperature=0.6, top_k=0, top_p=1.0, guidance=2.0, candidates=4)
 
 
 def _find(source: str | Path, *, revision: str | None) -> Path:
@@ -51,19 +48,6 @@ def _find(source: str | Path, *, revision: str | None) -> Path:
     return hub_folder(str(source), revision=revision, is_whole=is_whole_model, subfolders=("language",))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Generated:
-    """Pictures and how they came about, in the order of prompts, then of `n`."""
-
-    images: list[GeneratedImage]
-    prompts: list[str]
-    seeds: list[int]
-    codes: Tensor
-    """(pictures, rows, columns) int64."""
-    seconds: dict[str, float]
-    """Time spent on `prompt_and_codes` and `pixels`, and the `total`."""
-
-
 class MarsPipeline:
     """A model that paints, captions and chats.
 
@@ -73,6 +57,8 @@ class MarsPipeline:
 
     def __init__(self, model: MarsModel) -> None:
         self.model = model
+        self.prompts = Prompts(model.transformer)
+        """Texts that have been read; the empty one is needed again and again."""
 
     @classmethod
     def from_pretrained(
@@ -121,6 +107,7 @@ class MarsPipeline:
             RequestError: if the weights are rounded or have an adapter already, or the scale is not finite.
         """
         self.model = adapt(self.model, Path(folder), scale=scale)
+        self.prompts = Prompts(self.model.transformer)
 
     def save_pretrained(self, folder: str | Path, *, report: Path | None = None) -> None:
         """Writes the visual side in fp16, and a model card, into a folder that appears whole or not at all.
@@ -169,39 +156,62 @@ class MarsPipeline:
         sampling: Sampling = DEFAULT_SAMPLING,
         release_language: bool = False,
         progress: Progress | None = None,
+        previews: int = 0,
+        on_preview: Callable[[Preview], None] | None = None,
     ) -> Generated:
-        """Draws `n` pictures for each prompt, all in one batch.
+        """Draws `n` pictures for each prompt, all together.
 
         Args:
             seed: of the first picture of each prompt, the others count up from it; or one seed per picture. Without
-                one it is drawn at random. A picture depends on its prompt, seed and settings; the batch that it is
-                drawn in changes no more than rounding does.
+                one it is drawn at random. A picture depends on its prompt, seed and settings; what is drawn beside it
+                changes nothing where there is a kernel, and no more than rounding does elsewhere.
             width, height: pixels; must be a size of `sizes`.
             negative_prompt: what guidance moves away from.
-            sampling: temperature, top-k, top-p and guidance.
+            sampling: temperature, top-k, top-p, guidance and candidates.
             release_language: let the language expert go once it has read the prompts. Drawing needs half the memory
                 then, and the pipeline can read no further prompt.
-            progress: called after each code with how many are done and how many there are.
+            progress: called after each code with how many are done and how many there are, all candidates counted.
+            previews, on_preview: how many times to show each picture before it is done, and to whom.
 
         Raises:
             PromptError: if a prompt is empty or too long.
-            RequestError: if the size, `n` or the seed cannot be used.
+            RequestError: if the size, `n`, the seed or the number of previews cannot be used.
         """
-        started = time.perf_counter()
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        self._check_count(prompts, n=n)
-        self.check_prompts(prompts)
-        grid = find_grid(width, height, sizes=self.sizes, factor=self.model.image_tokenizer.config.factor)
-        seeds = all_seeds(seed, prompts=len(prompts), n=n)
-        repeated = [text for text in prompts for _ in range(n)]
-        ids = {text: self._prompt_ids(text) for text in {*prompts, negative_prompt}}
-        requests = [
-            DrawRequest(prompt=ids[text], free=ids[negative_prompt], seed=number, sampling=sampling)
-            for text, number in zip(repeated, seeds, strict=True)
-        ]
-        codes = draw(self.model.transformer, requests, grid=grid, release_language=release_language, progress=progress)
-        settings = {"negative_prompt": negative_prompt, **asdict(sampling)}
-        return self._generated(codes, repeated, seeds, settings=[settings] * len(seeds), started=started)
+        order = draw_order(
+            self, prompt, n=n, seed=seed, width=width, height=height, negative_prompt=negative_prompt,
+            sampling=sampling,
+        )  # fmt: skip
+        return self._draw(
+            order, previews=previews, on_preview=on_preview, release_language=release_language, progress=progress
+        )
+
+    def _draw(
+        self,
+        order: Order,
+        *,
+        previews: int = 0,
+        on_preview: Callable[[Preview], None] | None = None,
+        release_language: bool = False,
+        progress: Progress | None = None,
+    ) -> Generated:
+        drawings = Drawings(self, tokens=order.tokens)
+        drawings.submit(order, previews=previews if on_preview else 0)
+        if release_language:
+            drawings.scheduler.read_prompts()
+            self.model.transformer.release_language()
+        generated: Generated | None = None
+        while generated is None:
+            for news in drawings.step():
+                match news:
+                    case Preview() if on_preview is not None:
+                        on_preview(news)
+                    case DrawingFailed():
+                        raise news.error
+                    case Drawn():
+                        generated = news.generated
+            if progress is not None:
+                progress(drawings.scheduler.drawn, order.codes)
+        return generated
 
     def upscale(
         self,
@@ -227,66 +237,33 @@ class MarsPipeline:
             PromptError: if a prompt is too long.
             ImageError: if a file is no picture.
         """
-        started = time.perf_counter()
-        how = find_upscaling(self.model.info)
-        drawn: list[dict[str, Any]] = []
-        if isinstance(picture, Generated):
-            codes, prompt, seed = (
-                picture.codes,
-                picture.prompts if prompt is None else prompt,
-                picture.seeds if seed is None else seed,
-            )
-            drawn = [json.loads(image.info["settings"]) for image in picture.images]
-        elif isinstance(picture, Tensor):
-            codes = picture
-        else:
-            image = open_picture(Path(picture)) if isinstance(picture, str | Path) else picture
-            codes = self.encode(image)[None]
-        check_low_codes(codes, grids=self.model.info.grids)
-        prompts = [prompt or ""] * len(codes) if prompt is None or isinstance(prompt, str) else list(prompt)
-        if len(prompts) != len(codes):
-            raise RequestError(f"there must be one prompt, or one per picture ({len(codes)}), got {len(prompts)}")
-        seeds = all_seeds(seed, prompts=len(codes), n=1)
-        ids = {text: self._prompt_ids(text) for text in {*prompts, negative_prompt}}
-        requests = [
-            UpscaleRequest(prompt=ids[text], free=ids[negative_prompt], seed=number, sampling=sampling, low=low)
-            for text, number, low in zip(prompts, seeds, codes, strict=True)
-        ]
-        high = upscale(self.model.transformer, requests, scale=how.scale, side=how.side, progress=progress)
-        asked = {"codes_per_step": how.codes_per_step, "negative_prompt": negative_prompt, **asdict(sampling)}
-        settings = [{**before, "upscale": asked} for before in drawn or [{}] * len(codes)]
-        return self._generated(high, prompts, seeds, settings=settings, started=started)
+        order = upscale_order(
+            self, picture, prompt=prompt, seed=seed, negative_prompt=negative_prompt, sampling=sampling
+        )
+        return self._draw(order, progress=progress)
 
-    def _generated(
-        self, codes: Tensor, prompts: list[str], seeds: list[int], *, settings: list[dict[str, Any]], started: float
-    ) -> Generated:
-        """Codes that have just been drawn, as pictures."""
+    def finish(self, order: Order, codes: Tensor, *, started: float) -> Generated:
+        """An order's codes (pictures, R, C) as pictures; `started` is when it was taken in."""
         drawn = time.perf_counter()
         images = [
             GeneratedImage(one, self._text(prompt, seed, how))
-            for one, prompt, seed, how in zip(self.decode(codes), prompts, seeds, settings, strict=True)
-        ]
+            for one, prompt, seed, how in zip(
+                self.decode(codes), order.prompts, order.seeds, order.settings, strict=True
+            )
+        ]  # fmt: skip
         ended = time.perf_counter()
         seconds = {"prompt_and_codes": drawn - started, "pixels": ended - drawn, "total": ended - started}
-        return Generated(images=images, prompts=prompts, seeds=seeds, codes=codes, seconds=seconds)
+        return Generated(images=images, prompts=order.prompts, seeds=order.seeds, codes=codes, seconds=seconds)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raises PromptError for a prompt that is empty or too long; a call does so too."""
         for text in prompts:
             if not text.strip():
                 raise PromptError("the prompt must not be empty; say what to draw")
-            self._prompt_ids(text)
+            self.prompt_ids(text)
 
-    @staticmethod
-    def _check_count(prompts: list[str], *, n: int) -> None:
-        if not prompts:
-            raise PromptError("there must be at least one prompt, got none")
-        if n < 1 or n * len(prompts) > MAX_IMAGES:
-            raise RequestError(
-                f"a call draws 1 to {MAX_IMAGES} pictures, got n = {n} for {len(prompts)} prompts; make several calls"
-            )
-
-    def _prompt_ids(self, text: str) -> tuple[int, ...]:
+    def prompt_ids(self, text: str) -> tuple[int, ...]:
+        """A prompt as ids; raises PromptError if it is too long."""
         tokenizer = self.model.text_tokenizer
         ids = (tokenizer.bos_id, *tokenizer.encode(text.strip()))
         if len(ids) > MAX_PROMPT_TOKENS:
@@ -315,6 +292,10 @@ class MarsPipeline:
         images = self.model.image_tokenizer.decode(codes)
         pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(one) for one in pixels]
+
+    def preview(self, codes: Tensor, *, rows: int) -> Image.Image:
+        """The first rows of a picture's codes (R, C), of `rows` in all, as a picture whose rest is empty."""
+        return self.decode(unfinished(codes, rows=rows)[None])[0]
 
     @torch.inference_mode()
     def encode(self, image: Image.Image) -> Tensor:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from mars.errors import ConfigError, RequestError
-from mars.generation import engine
-from mars.generation.engine import SEED_STRIDE, DrawRequest, draw
+from mars.generation import scheduler
+from mars.generation.engine import Progress, draw
+from mars.generation.request import SEED_STRIDE, DrawRequest
 from mars.generation.sampling import Sampling
-from mars.generation.super_resolution import UpscaleRequest, upscale
 from mars.model.transformer import MarsTransformer
 from mars.sequence.layout import low_image, text_segment, upscaled_image
 
@@ -30,10 +30,16 @@ def transformer(
     return build_tiny(**options, low_input=True)
 
 
-def ask(number: int, seed: int = 0, **sampling: Any) -> UpscaleRequest:
-    return UpscaleRequest(
-        prompt=PROMPTS[number], free=FREE, seed=seed, sampling=Sampling(**sampling), low=LOWS[number]
+def ask(number: int, seed: int = 0, **sampling: Any) -> DrawRequest:
+    return DrawRequest(
+        prompt=PROMPTS[number], free=FREE, grid=HIGH, seed=seed, sampling=Sampling(**sampling), low=LOWS[number]
     )  # fmt: skip
+
+
+def upscale(
+    transformer: MarsTransformer, requests: Sequence[DrawRequest], *, side: int, progress: Progress | None = None
+) -> Tensor:
+    return torch.stack(draw(transformer, [replace(one, side=side) for one in requests], progress=progress))
 
 
 MIXED = [
@@ -46,9 +52,10 @@ MIXED = [
 
 
 def full_logits(
-    transformer: MarsTransformer, prompt: Sequence[int], low: Tensor, codes: Tensor, side: int
+    transformer: MarsTransformer, prompt: Sequence[int], low: Tensor | None, codes: Tensor, side: int
 ) -> tuple[Tensor, Tensor]:
     """Logits of all codes by one pass over the whole sequence, (N, codes), and the codes in the order of drawing."""
+    assert low is not None
     cache, vocabulary = transformer.new_cache(), transformer.vocabulary
     with torch.no_grad():
         transformer(text_segment([prompt]), cache)
@@ -62,7 +69,7 @@ def full_logits(
 @every_side
 def test_greedy_codes_are_those_of_the_full_pass_at_every_place(transformer: MarsTransformer, side: int) -> None:
     requests = [ask(number, temperature=0) for number in range(3)]
-    found = upscale(transformer, requests, scale=2, side=side)
+    found = upscale(transformer, requests, side=side)
     assert found.shape == (3, *HIGH)
     for request, codes in zip(requests, found, strict=True):
         logits, drawn = full_logits(transformer, request.prompt, request.low, codes, side)
@@ -73,7 +80,7 @@ def test_greedy_codes_are_those_of_the_full_pass_at_every_place(transformer: Mar
 @every_side
 def test_guided_codes_are_those_of_two_full_passes(transformer: MarsTransformer, side: int) -> None:
     requests = [ask(number, temperature=0, guidance=4.0) for number in range(3)]
-    for request, codes in zip(requests, upscale(transformer, requests, scale=2, side=side), strict=True):
+    for request, codes in zip(requests, upscale(transformer, requests, side=side), strict=True):
         (prompted, drawn), (free, _) = (
             full_logits(transformer, text, request.low, codes, side) for text in (request.prompt, request.free)
         )
@@ -82,9 +89,9 @@ def test_guided_codes_are_those_of_two_full_passes(transformer: MarsTransformer,
 
 @every_side
 def test_a_batch_is_its_requests_one_by_one(transformer: MarsTransformer, side: int) -> None:
-    together = upscale(transformer, MIXED, scale=2, side=side)
+    together = upscale(transformer, MIXED, side=side)
     for row, request in enumerate(MIXED):
-        assert torch.equal(upscale(transformer, [request], scale=2, side=side)[0], together[row]), row
+        assert torch.equal(upscale(transformer, [request], side=side)[0], together[row]), row
     assert torch.equal(together[1], together[4])
     assert len({tuple(codes.flatten().tolist()) for codes in together}) == 4
 
@@ -93,20 +100,20 @@ def test_a_batch_is_its_requests_one_by_one(transformer: MarsTransformer, side: 
 def test_guidance_1_is_no_guidance(transformer: MarsTransformer, side: int) -> None:
     plain = [ask(number, 3) for number in range(3)]
     other = [replace(request, free=(99,)) for request in plain]
-    assert torch.equal(upscale(transformer, plain, scale=2, side=side), upscale(transformer, other, scale=2, side=side))
+    assert torch.equal(upscale(transformer, plain, side=side), upscale(transformer, other, side=side))
 
 
 def test_prompt_low_codes_seed_and_free_text_each_matter(transformer: MarsTransformer) -> None:
     base = ask(0, 1, guidance=3.0)
     changes: list[dict[str, Any]] = [{"prompt": PROMPTS[2]}, {"low": LOWS[1]}, {"seed": 2}, {"free": (1, 99, 98)}]
-    drawn = upscale(transformer, [base, *(replace(base, **change) for change in changes)], scale=2, side=2)
+    drawn = upscale(transformer, [base, *(replace(base, **change) for change in changes)], side=2)
     assert all(not torch.equal(drawn[0], other) for other in drawn[1:])
 
 
 @every_side
 def test_progress_is_told_after_each_block(transformer: MarsTransformer, side: int) -> None:
     told: list[tuple[int, int]] = []
-    upscale(transformer, [ask(0)], scale=2, side=side, progress=lambda *both: told.append(both))
+    upscale(transformer, [ask(0)], side=side, progress=lambda *both: told.append(both))
     assert told == [(done, 32) for done in range(side * side, 33, side * side)]
 
 
@@ -114,17 +121,17 @@ def test_of_several_candidates_the_likeliest_is_kept(
     transformer: MarsTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = ask(2, 11, guidance=2.0, temperature=1.5, candidates=5)
-    kept = upscale(transformer, [request], scale=2, side=2)[0]
+    kept = upscale(transformer, [request], side=2)[0]
     seeds = [(11 + number * SEED_STRIDE) % 2**63 for number in range(5)]
-    alone = [upscale(transformer, [ask(2, seed, guidance=2.0, temperature=1.5)], scale=2, side=2)[0] for seed in seeds]
+    alone = [upscale(transformer, [ask(2, seed, guidance=2.0, temperature=1.5)], side=2)[0] for seed in seeds]
     found = []
     for codes in alone:
         logits, drawn = full_logits(transformer, request.prompt, request.low, codes, 2)
         found.append(float(logits.log_softmax(dim=1).gather(1, drawn[:, None]).sum()))
     assert torch.equal(kept, alone[found.index(max(found))])
     assert len(set(found)) == 5
-    monkeypatch.setattr(engine, "MAX_ROWS", 5)
-    both = upscale(transformer, [ask(0, 3), request], scale=2, side=2)
+    monkeypatch.setattr(scheduler, "CPU_ROWS", 5)
+    both = upscale(transformer, [ask(0, 3), request], side=2)
     assert torch.equal(both[1], kept)
 
 
@@ -132,17 +139,28 @@ def test_what_does_not_fit_is_one_line(
     transformer: MarsTransformer, build_tiny: Callable[..., MarsTransformer]
 ) -> None:
     with pytest.raises(ConfigError, match="blocks of 4x4 codes must fill the grid, got 6x12"):
-        upscale(transformer, [ask(0)], scale=3, side=4)
+        upscale(transformer, [replace(ask(0), grid=(6, 12))], side=4)
+    with pytest.raises(ConfigError, match="must be a whole number of times the low one, got 4x6 for 2x4"):
+        upscale(transformer, [replace(ask(0), grid=(4, 6))], side=1)
     with pytest.raises(RequestError, match="must have been trained to upscale"):
-        upscale(build_tiny(), [ask(0)], scale=2, side=2)
+        upscale(build_tiny(), [ask(0)], side=2)
     limit = transformer.config.language.max_positions
-    upscale(transformer, [replace(ask(0), prompt=(1,) * (limit - 41))], scale=2, side=4)
+    upscale(transformer, [replace(ask(0), prompt=(1,) * (limit - 41))], side=4)
     with pytest.raises(RequestError, match=f"must fit into {limit} positions, got {limit + 1}"):
-        upscale(transformer, [replace(ask(0), prompt=(1,) * (limit - 40))], scale=2, side=4)
+        upscale(transformer, [replace(ask(0), prompt=(1,) * (limit - 40))], side=4)
 
 
 def test_upscaling_leaves_text_to_image_as_it_is(transformer: MarsTransformer) -> None:
-    request = DrawRequest(prompt=PROMPTS[0], free=FREE, seed=3, sampling=Sampling(guidance=2.0))
-    before = draw(transformer, [request], grid=(2, 4))
-    upscale(transformer, MIXED, scale=2, side=2)
-    assert torch.equal(draw(transformer, [request], grid=(2, 4)), before)
+    request = DrawRequest(prompt=PROMPTS[0], free=FREE, grid=(2, 4), seed=3, sampling=Sampling(guidance=2.0))
+    before = draw(transformer, [request])[0]
+    upscale(transformer, MIXED, side=2)
+    assert torch.equal(draw(transformer, [request])[0], before)
+
+
+def test_pictures_and_upscaling_of_every_block_are_drawn_together(transformer: MarsTransformer) -> None:
+    plain = DrawRequest(prompt=PROMPTS[0], free=FREE, grid=(3, 2), seed=3, sampling=Sampling(guidance=2.0))
+    requests = [plain, ask(0, 4), replace(ask(1, 5), side=2), replace(ask(2, 6, guidance=3.0), side=4), ask(1, 7)]
+    together = draw(transformer, requests)
+    for request, codes in zip(requests, together, strict=True):
+        assert codes.shape == request.grid
+        assert torch.equal(draw(transformer, [request])[0], codes)

@@ -1,0 +1,181 @@
+"""Pictures that are drawn together, a block of K codes of each in a step; they come and go between steps.
+
+Letters: B rows, P pictures, N codes of the largest picture, K codes of a step, V ids to choose from.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mars.generation.guidance import Guidance
+from mars.generation.request import DrawRequest
+from mars.generation.sampling import Noise, Sampler
+from mars.model.cache import Prefix, StaticCache
+from mars.model.transformer import MarsTransformer
+from mars.sequence.layout import Modality, Segment
+
+
+@dataclass(eq=False, kw_only=True)
+class Picture:
+    """A candidate of a request on its way: a row of the batch, and another where it is guided."""
+
+    ticket: int
+    number: int
+    """Which candidate it is."""
+    request: DrawRequest
+    prefixes: Sequence[Prefix]
+    """What each of its rows has read, until they are in the cache."""
+    noise: Noise | None
+    """None without a temperature."""
+    done: int = 0
+    """Codes that are drawn."""
+
+
+class Batch:
+    """Pictures of one block size, either all with a smaller image that they refine or all without.
+
+    Their rows are those of a cache, in any order. A picture's codes depend on nothing but itself: to the bit where the
+    kernel runs the layers (`model/decoding.py`), up to rounding elsewhere, as products of another shape round
+    differently there.
+    """
+
+    def __init__(self, transformer: MarsTransformer, *, side: int, refines: bool) -> None:
+        self.transformer = transformer
+        self.side = side
+        self.block = side * side
+        self.refines = refines
+        self.device = transformer.device
+        self.cache: StaticCache | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Lets all pictures go, and the memory of their rows."""
+        self.cache = None
+        self.pictures: list[Picture] = []
+        self.joining: list[Picture] = []
+        self.owners: list[tuple[Picture, bool]] = []
+        """Of each row, its picture and whether it is the prompt-free one."""
+        long = torch.long
+        self.codes_PN = torch.zeros(0, 0, dtype=long, device=self.device)
+        self.last_PK = torch.zeros(0, self.block, dtype=long, device=self.device)
+        """Ids that the next step continues."""
+        self.done_P = torch.zeros(0, dtype=long, device=self.device)
+        self.likelihoods_P = torch.zeros(0, device=self.device)
+        """Of the codes after the prompt, without guidance, in nats; kept where there are candidates to choose from."""
+
+    @property
+    def rows(self) -> int:
+        """Rows in use, those of pictures that are about to join too."""
+        return sum(len(picture.request.texts) for picture in self.pictures + self.joining)
+
+    def tokens_with(self, request: DrawRequest | None) -> int:
+        """Places in the cache, used or not, once another picture has joined."""
+        held, size = (0, 0) if self.cache is None else (self.cache.store.shape[2], self.cache.size)
+        rows, longest = self._needs(request)
+        return held * size if rows <= held and longest <= size else rows * longest
+
+    def _needs(self, request: DrawRequest | None) -> tuple[int, int]:
+        """Rows, and the length of the longest."""
+        lengths = [picture.request.length for picture in self.pictures + self.joining]
+        if request is None:
+            return self.rows, max(lengths, default=0)
+        return self.rows + len(request.texts), max(request.length, *lengths, 0)
+
+    def join(self) -> None:
+        """Takes in the pictures of `joining`."""
+        if not self.joining:
+            return
+        rows, longest = self._needs(None)
+        if self.cache is None:
+            self.cache = self.transformer.new_static_cache(batch=rows, size=longest, images_only=True)
+        elif rows > self.cache.store.shape[2] or longest > self.cache.size:
+            self.cache.resize(batch=rows, size=longest)
+        self.cache.load([prefix for picture in self.joining for prefix in picture.prefixes])
+        self.owners += [(picture, row > 0) for picture in self.joining for row in range(len(picture.prefixes))]
+        for picture in self.joining:
+            picture.prefixes = ()
+        self.pictures += self.joining
+        old, added, places = len(self.done_P), len(self.joining), max(one.request.places for one in self.pictures)
+        codes_PN = self.codes_PN.new_zeros(old + added, places)
+        codes_PN[:old, : self.codes_PN.shape[1]] = self.codes_PN[:, :places]
+        self.codes_PN = codes_PN
+        start = self.last_PK.new_full((added, self.block), self.transformer.vocabulary.image_start)
+        self.last_PK = torch.cat([self.last_PK, start])
+        self.done_P = torch.cat([self.done_P, self.done_P.new_zeros(added)])
+        self.likelihoods_P = torch.cat([self.likelihoods_P, self.likelihoods_P.new_zeros(added)])
+        self.joining = []
+        self._prepare()
+
+    def remove(self, gone: Collection[Picture]) -> None:
+        """Frees the rows of pictures."""
+        if len(gone) == len(self.pictures):
+            self.clear()
+            return
+        assert self.cache is not None
+        for row in reversed(range(len(self.owners))):
+            if self.owners[row][0] in gone:
+                self.cache.remove(row)
+                self.owners[row] = self.owners[-1]
+                self.owners.pop()
+        before = {picture: number for number, picture in enumerate(self.pictures)}
+        self.pictures = [picture for picture, free in self.owners if not free]
+        kept = [before[picture] for picture in self.pictures]
+        self.codes_PN, self.last_PK = self.codes_PN[kept], self.last_PK[kept]
+        self.done_P, self.likelihoods_P = self.done_P[kept], self.likelihoods_P[kept]
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What stays the same until pictures come or go."""
+        numbers = {picture: number for number, picture in enumerate(self.pictures)}
+        requests = [picture.request for picture in self.pictures]
+        rows = [(numbers[picture], free) for picture, free in self.owners]
+        scales = [request.sampling.guidance for request in requests]
+        self.guidance = Guidance(rows, scales, device=self.device)
+        samplings = [request.sampling for request in requests for _ in range(self.block)]
+        self.sampler = Sampler(samplings, device=self.device)
+        self.ranked = any(request.sampling.candidates > 1 for request in requests)
+        columns = torch.tensor([request.grid[1] for request in requests], device=self.device)
+        self.columns_B1 = self.guidance.spread(columns)[:, None]
+        self.inside_K = torch.arange(self.block, device=self.device)
+        self.low_PN = torch.zeros_like(self.codes_PN)
+        for number, request in enumerate(requests):
+            low = request.refined()
+            if low is not None:
+                self.low_PN[number, : len(low)] = low
+        self.low_PN += self.transformer.vocabulary.first_code
+
+    def step(self) -> None:
+        """Draws the next block of every picture."""
+        assert self.cache is not None
+        vocabulary, places_PK = self.transformer.vocabulary, self.done_P[:, None] + self.inside_K
+        segment = Segment(
+            modality=Modality.IMAGE,
+            ids=self.guidance.spread(self.last_PK),
+            columns=self.columns_B1,
+            start=self.guidance.spread(self.done_P)[:, None],
+            side=self.side,
+            low=self.guidance.spread(self.low_PN.gather(1, places_PK)) if self.refines else None,
+        )
+        hidden_BKD = self.transformer(segment, self.cache)
+        logits_BKV = self.transformer.visual_logits(hidden_BKD)[..., : vocabulary.num_codes]
+        guided = self.guidance.combine(logits_BKV).flatten(0, 1)
+        chosen_PK = self.sampler.choose(guided, self._noise()).view_as(places_PK)
+        if self.ranked:
+            prompted_PKV = self.guidance.prompted(logits_BKV).float()
+            surprises_PK = prompted_PKV.logsumexp(dim=2) - prompted_PKV.gather(2, chosen_PK[..., None])[..., 0]
+            self.likelihoods_P -= surprises_PK.sum(dim=1)
+        self.codes_PN.scatter_(1, places_PK, chosen_PK)
+        self.last_PK = chosen_PK + vocabulary.first_code
+        self.done_P += self.block
+        for picture in self.pictures:
+            picture.done += self.block
+
+    def _noise(self) -> Tensor | None:
+        """Of the next block of every picture, (P * K, V)."""
+        if not self.sampler.warm:
+            return None
+        ids = self.transformer.vocabulary.num_codes
+        none = torch.zeros((), dtype=torch.float64, device=self.device).expand(self.block, ids)
+        return torch.cat([none if one.noise is None else one.noise.take() for one in self.pictures])

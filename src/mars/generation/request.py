@@ -1,0 +1,94 @@
+"""What can be asked of the engine: one picture's codes. Knows neither pixels nor strings.
+
+Letters: R rows, C columns, N = R * C codes, K codes of a step.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mars.errors import RequestError
+from mars.generation.sampling import Sampling
+from mars.model.transformer import MarsTransformer
+from mars.sequence.layout import drawing_order, refined_codes
+
+SEED_STRIDE = 0x1E3779B97F4A7C15
+"""Between the seeds of the candidates of one request."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawRequest:
+    """One image to draw, or (with `low`) to draw again at a higher resolution, K = side * side codes a step.
+
+    The latter is our own design, not the paper's; `sequence/layout.py` says which codes a step draws.
+    """
+
+    prompt: tuple[int, ...]
+    """Text ids, with the beginning-of-text id."""
+    free: tuple[int, ...]
+    """What guidance moves away from: the text ids of the empty (or negative) prompt."""
+    grid: tuple[int, int]
+    """Rows and columns of codes."""
+    seed: int
+    sampling: Sampling
+    low: Tensor | None = None
+    """(R, C) codes of the smaller image that is drawn again; the grid is a whole number of times larger."""
+    side: int = 1
+
+    @property
+    def texts(self) -> tuple[tuple[int, ...], ...]:
+        """The text of each row that a candidate takes: the prompt, and where it is guided the free text."""
+        return (self.prompt,) if self.sampling.guidance == 1 else (self.prompt, self.free)
+
+    @property
+    def places(self) -> int:
+        """N."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def length(self) -> int:
+        """Positions of a candidate's longest row."""
+        return max(map(len, self.texts)) + (0 if self.low is None else self.low.numel() + 1) + self.places
+
+    def candidate_seed(self, number: int) -> int:
+        """The seed of a candidate; the first has the request's own."""
+        return (self.seed + number * SEED_STRIDE) % 2**63
+
+    def order(self) -> Tensor:
+        """Raster places (N,) of the codes in the order in which they are drawn.
+
+        Raises:
+            ConfigError: if blocks do not fill the grid.
+        """
+        return drawing_order(*self.grid, side=self.side)
+
+    def refined(self) -> Tensor | None:
+        """The code that each code refines, (N,) in the order in which they are drawn; null without `low`.
+
+        Raises:
+            ConfigError: if the grid is not a whole number of times larger than `low`, or blocks do not fill it.
+        """
+        if self.low is None:
+            return None
+        return refined_codes(self.low[None], grid=self.grid).flatten()[self.order().to(self.low.device)]
+
+    def raster(self, codes: Tensor) -> Tensor:
+        """Codes in the order in which they are drawn, of some whole rows (R * C,), to a grid (R, C)."""
+        grid = torch.empty_like(codes)
+        grid[self.order()[: len(codes)].to(codes.device)] = codes
+        return grid.view(-1, self.grid[1])
+
+    def check(self, transformer: MarsTransformer) -> None:
+        """Raises RequestError or ConfigError if a model cannot draw this."""
+        self.order()
+        self.refined()
+        if self.low is not None and not transformer.config.semvie.low_input:
+            raise RequestError(
+                "the model must have been trained to upscale (semvie.low_input), and was not; open another"
+            )
+        limit = transformer.config.language.max_positions
+        if self.length > limit:
+            raise RequestError(
+                f"prompt and image must fit into {limit} positions, got {self.length}; shorten the prompt"
+            )
