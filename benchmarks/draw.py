@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import JanusConfig, JanusForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from mars.generation.engine import DrawRequest, draw
+from mars.generation.engine import draw
+from mars.generation.request import DrawRequest
 from mars.generation.sampling import Sampling
 from mars.model.base_llm import open_base_llm
 from mars.model.config import ModelConfig
@@ -64,9 +65,9 @@ class Models:
         def run(count: int, temperature: float) -> Tensor:
             lower_precision(self.mars, precision)
             sampling = Sampling(temperature=temperature, guidance=GUIDANCE)
-            request = DrawRequest(prompt=(), free=self.free, seed=0, sampling=sampling)
+            request = DrawRequest(prompt=(), free=self.free, grid=(self.grid, self.grid), seed=0, sampling=sampling)
             requests = [replace(request, prompt=self.prompts[i % len(self.prompts)], seed=i) for i in range(count)]
-            return draw(self.mars, requests, grid=(self.grid, self.grid)).flatten(1)
+            return torch.stack(draw(self.mars, requests)).flatten(1)
 
         return run
 
