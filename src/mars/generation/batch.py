@@ -146,8 +146,8 @@ class Batch:
                 self.low_PN[number, : len(low)] = low
         self.low_PN += self.transformer.vocabulary.first_code
 
-    def step(self) -> None:
-        """Draws the next block of every picture."""
+    def step(self) -> int:
+        """Draws the next block of every picture; returns how many codes that are."""
         assert self.cache is not None
         vocabulary, places_PK = self.transformer.vocabulary, self.done_P[:, None] + self.inside_K
         segment = Segment(
@@ -171,6 +171,7 @@ class Batch:
         self.done_P += self.block
         for picture in self.pictures:
             picture.done += self.block
+        return len(self.pictures) * self.block
 
     def _noise(self) -> Tensor | None:
         """Of the next block of every picture, (P * K, V)."""

@@ -13,6 +13,7 @@ from mars.generation.sampling import Sampling
 from mars.model.transformer import MarsTransformer
 from mars.sequence.layout import drawing_order, refined_codes
 
+MAX_WINDOW = 64
 SEED_STRIDE = 0x1E3779B97F4A7C15
 """Between the seeds of the candidates of one request."""
 
@@ -35,6 +36,8 @@ class DrawRequest:
     low: Tensor | None = None
     """(R, C) codes of the smaller image that is drawn again; the grid is a whole number of times larger."""
     side: int = 1
+    window: int = 1
+    """Places that a step reads: more than 1 draws by speculative Jacobi decoding (`jacobi.py`)."""
 
     @property
     def texts(self) -> tuple[tuple[int, ...], ...]:
@@ -49,7 +52,13 @@ class DrawRequest:
     @property
     def length(self) -> int:
         """Positions of a candidate's longest row."""
-        return max(map(len, self.texts)) + (0 if self.low is None else self.low.numel() + 1) + self.places
+        return (
+            max(map(len, self.texts))
+            + (0 if self.low is None else self.low.numel() + 1)
+            + self.places
+            + self.window
+            - 1
+        )
 
     def candidate_seed(self, number: int) -> int:
         """The seed of a candidate; the first has the request's own."""
@@ -86,6 +95,10 @@ class DrawRequest:
         if self.low is not None and not transformer.config.semvie.low_input:
             raise RequestError(
                 "the model must have been trained to upscale (semvie.low_input), and was not; open another"
+            )
+        if self.window != 1 and (self.low is not None or not 1 < self.window <= MAX_WINDOW):
+            raise RequestError(
+                f"a window must be 1 to {MAX_WINDOW} codes, and 1 where a picture is upscaled, got {self.window}"
             )
         limit = transformer.config.language.max_positions
         if self.length > limit:

@@ -53,6 +53,7 @@ class Sampler:
         """Whether any row needs noise."""
         temperatures = [one.temperature or 1.0 for one in samplings]
         self.temperatures_B1 = torch.tensor(temperatures, dtype=torch.float64, device=device)[:, None]
+        self.warm_B1 = torch.tensor([one.temperature > 0 for one in samplings], device=device)[:, None]
         self.top_k = [(row, one.top_k) for row, one in enumerate(samplings) if one.top_k]
         self.top_p = [(row, one.top_p) for row, one in enumerate(samplings) if one.top_p < 1]
         self.device = device
@@ -75,6 +76,15 @@ class Sampler:
             logits_BV = logits_BV.clone()
             logits_BV[list(rows)] = chosen.masked_fill(torch.zeros_like(late).scatter(1, order, late), -torch.inf)
         return logits_BV
+
+    def shares(self, logits_BV: Tensor) -> Tensor:
+        """The probability of each id (B, V) in fp32; all of it the likeliest's for rows without a temperature."""
+        kept_BV = self.restrict(logits_BV).float()
+        shares_BV = (kept_BV / self.temperatures_B1.float()).softmax(dim=1)
+        cold = (~self.warm_B1[:, 0]).nonzero()[:, 0]
+        if len(cold):
+            shares_BV[cold] = torch.zeros_like(shares_BV[cold]).scatter_(1, kept_BV[cold].argmax(1, keepdim=True), 1)
+        return shares_BV
 
     def choose(self, logits_BV: Tensor, noise_BV: Tensor | None) -> Tensor:
         """One id per row, (B,): a row's depends on its own logits, settings and noise alone.

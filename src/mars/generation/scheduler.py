@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mars.errors import RequestError
 from mars.generation.batch import Batch, Picture
+from mars.generation.jacobi import JacobiBatch
 from mars.generation.prompts import Prompt, Prompts
 from mars.generation.request import DrawRequest
 from mars.generation.sampling import Noise
@@ -108,7 +109,7 @@ class Scheduler:
         self._jobs: dict[int, _Job] = {}
         self._waiting: deque[_Job] = deque()
         """Those of whom candidates have yet to join."""
-        self._batches: dict[tuple[int, bool], Batch] = {}
+        self._batches: dict[tuple[int, int, bool], Batch] = {}
         self._next = 0
 
     @property
@@ -176,12 +177,11 @@ class Scheduler:
     def _advance(self, batch: Batch) -> list[Event]:
         try:
             batch.join()
-            batch.step()
+            self.drawn += batch.step()
         except Exception as error:  # whatever it is, others go on
             tickets = {picture.ticket for picture in batch.pictures + batch.joining}
             batch.clear()
             return [self._fail(ticket, error) for ticket in sorted(tickets)]
-        self.drawn += len(batch.pictures) * batch.block
         done = {picture for picture in batch.pictures if picture.done == picture.request.places}
         events = self._tell_rows(batch)
         for number, picture in enumerate(batch.pictures):
@@ -202,15 +202,16 @@ class Scheduler:
         reached: dict[int, list[int]] = {}
         for number, picture in enumerate(batch.pictures):
             row = picture.request.grid[1] * batch.side
-            if picture.done % row == 0 and self._jobs[picture.ticket].told < picture.done < picture.request.places:
+            if self._jobs[picture.ticket].told < picture.done // row * row < picture.request.places:
                 reached.setdefault(picture.ticket, []).append(number)
         events: list[Event] = []
         for ticket, numbers in reached.items():
-            job, done = self._jobs[ticket], max(batch.pictures[number].done for number in numbers)
-            numbers = [number for number in numbers if batch.pictures[number].done == done]
+            job, most = self._jobs[ticket], max(batch.pictures[number].done for number in numbers)
+            numbers = [number for number in numbers if batch.pictures[number].done == most]
             best = numbers[int(batch.likelihoods_P[numbers].argmax()) if len(numbers) > 1 else 0]
-            job.told = done
-            events.append(RowDrawn(ticket=ticket, codes=job.request.raster(batch.codes_PN[best, :done])))
+            row = job.request.grid[1] * batch.side
+            job.told = most // row * row
+            events.append(RowDrawn(ticket=ticket, codes=job.request.raster(batch.codes_PN[best, : job.told])))
         return events
 
     def _admit(self) -> list[Event]:
@@ -231,9 +232,11 @@ class Scheduler:
 
     def _room_for(self, request: DrawRequest) -> Batch | None:
         """The batch that a candidate can join now, if there is room."""
-        kind = request.side, request.low is not None
-        if kind not in self._batches:
-            self._batches[kind] = Batch(self.transformer, side=request.side, refines=kind[1])
+        kind = request.side, request.window, request.low is not None
+        if kind not in self._batches and request.window > 1:
+            self._batches[kind] = JacobiBatch(self.transformer, window=request.window)
+        elif kind not in self._batches:
+            self._batches[kind] = Batch(self.transformer, side=request.side, refines=request.low is not None)
         batch = self._batches[kind]
         others = self.tokens - batch.tokens_with(None)
         fits = others + batch.tokens_with(request) <= self.max_tokens

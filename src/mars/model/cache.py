@@ -261,6 +261,12 @@ class StaticCache(Cache):
         self.lengths_B = added if self.lengths_B is None else torch.cat([self.lengths_B, added])
         self._measure()
 
+    def forget(self, counts_B: Tensor) -> None:
+        """Takes back the last columns of each row, as many as said."""
+        assert self.lengths_B is not None
+        self.lengths_B = self.lengths_B - counts_B
+        self._measure()
+
     def remove(self, row: int) -> None:
         """Frees a row; the last one takes its place."""
         assert self.lengths_B is not None
