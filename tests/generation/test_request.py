@@ -12,7 +12,7 @@ from mars.generation.engine import Progress, draw
 from mars.generation.request import SEED_STRIDE, DrawRequest
 from mars.generation.sampling import Sampling
 from mars.model.transformer import MarsTransformer
-from mars.sequence.layout import low_image, text_segment, upscaled_image
+from mars.sequence.layout import drawn_image, low_image, text_segment, upscaled_image
 
 HIGH = (4, 8)
 PROMPTS = [(1, 40, 41, 42, 43, 44), (1, 50), (1, 60, 61, 62)]
@@ -164,3 +164,34 @@ def test_pictures_and_upscaling_of_every_block_are_drawn_together(transformer: M
     for request, codes in zip(requests, together, strict=True):
         assert codes.shape == request.grid
         assert torch.equal(draw(transformer, [request])[0], codes)
+
+
+KNOWN = torch.arange(32).view(4, 8).where(torch.arange(32).view(4, 8) % 5 < 3, torch.tensor(-1))
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_known_codes_are_kept_and_the_others_are_those_that_follow_them(
+    transformer: MarsTransformer, window: int
+) -> None:
+    request = DrawRequest(
+        prompt=PROMPTS[0], free=FREE, grid=HIGH, seed=0, sampling=Sampling(temperature=0), known=KNOWN, window=window
+    )
+    found = draw(transformer, [request, replace(request, known=None)])[0]
+    assert torch.equal(found[KNOWN >= 0], KNOWN[KNOWN >= 0])
+    cache = transformer.new_cache()
+    with torch.no_grad():
+        transformer(text_segment([list(PROMPTS[0])]), cache)
+        hidden = transformer(drawn_image(found[None], transformer.vocabulary), cache)
+        likeliest = transformer.visual_logits(hidden)[0, :, : transformer.vocabulary.num_codes].argmax(dim=1)
+    assert torch.equal(found[KNOWN < 0], likeliest.view(HIGH)[KNOWN < 0])
+
+
+def test_known_codes_of_an_upscaled_picture_are_kept_too(transformer: MarsTransformer) -> None:
+    request = replace(ask(0, 3), side=2, known=KNOWN)
+    assert torch.equal(draw(transformer, [request])[0][KNOWN >= 0], KNOWN[KNOWN >= 0])
+
+
+@pytest.mark.parametrize("known", [torch.zeros(3, 8, dtype=torch.long), torch.full(HIGH, 64)])
+def test_known_codes_that_do_not_fit_are_one_line(transformer: MarsTransformer, known: Tensor) -> None:
+    with pytest.raises(RequestError, match=r"known codes must fill a grid of 4x8 and be below 64, got"):
+        draw(transformer, [replace(ask(0), low=None, known=known)])

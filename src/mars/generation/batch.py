@@ -139,11 +139,14 @@ class Batch:
         columns = torch.tensor([request.grid[1] for request in requests], device=self.device)
         self.columns_B1 = self.guidance.spread(columns)[:, None]
         self.inside_K = torch.arange(self.block, device=self.device)
-        self.low_PN = torch.zeros_like(self.codes_PN)
+        self.low_PN, self.known_PN = torch.zeros_like(self.codes_PN), torch.full_like(self.codes_PN, -1)
         for number, request in enumerate(requests):
             low = request.refined()
             if low is not None:
                 self.low_PN[number, : len(low)] = low
+            if request.known is not None:
+                places = request.order()
+                self.known_PN[number, : len(places)] = request.known.flatten()[places].to(self.device)
         self.low_PN += self.transformer.vocabulary.first_code
 
     def step(self) -> int:
@@ -161,7 +164,9 @@ class Batch:
         hidden_BKD = self.transformer(segment, self.cache)
         logits_BKV = self.transformer.visual_logits(hidden_BKD)[..., : vocabulary.num_codes]
         guided = self.guidance.combine(logits_BKV).flatten(0, 1)
+        known_PK = self.known_PN.gather(1, places_PK)
         chosen_PK = self.sampler.choose(guided, self._noise()).view_as(places_PK)
+        chosen_PK = torch.where(known_PK < 0, chosen_PK, known_PK)
         if self.ranked:
             prompted_PKV = self.guidance.prompted(logits_BKV).float()
             surprises_PK = prompted_PKV.logsumexp(dim=2) - prompted_PKV.gather(2, chosen_PK[..., None])[..., 0]

@@ -66,8 +66,13 @@ class JacobiBatch(Batch):
         shares_PWV = self.sampler.shares(guided_PWV.flatten(0, 1)).view_as(guided_PWV)
         kept_P = torch.zeros_like(self.done_P)
         for number, picture in enumerate(self.pictures):
+            done = picture.done
+            known_W = self.known_PN[number, done : done + self.block]
+            places = (known_W >= 0).nonzero()[:, 0]
+            shares_PWV[number, places] = 0
+            shares_PWV[number, places, known_W[places]] = 1
             codes_W = self._decide(number, picture, shares_PWV[number])
-            done, kept = picture.done, len(codes_W)
+            kept = len(codes_W)
             self.codes_PN[number, done : done + kept] = codes_W
             kept_P[number] = kept
             picture.done += kept

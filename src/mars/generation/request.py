@@ -36,6 +36,9 @@ class DrawRequest:
     low: Tensor | None = None
     """(R, C) codes of the smaller image that is drawn again; the grid is a whole number of times larger."""
     side: int = 1
+    known: Tensor | None = None
+    """(R, C) codes that are kept as they are, and -1 where one is to be drawn: inpainting. What stands behind a place
+    is not seen when it is drawn, but counts where the likeliest of several candidates is chosen."""
     window: int = 1
     """Places that a step reads: more than 1 draws by speculative Jacobi decoding (`jacobi.py`)."""
 
@@ -95,6 +98,14 @@ class DrawRequest:
         if self.low is not None and not transformer.config.semvie.low_input:
             raise RequestError(
                 "the model must have been trained to upscale (semvie.low_input), and was not; open another"
+            )
+        if self.known is not None and (
+            self.known.shape != self.grid or int(self.known.max()) >= transformer.vocabulary.num_codes
+        ):
+            raise RequestError(
+                f"known codes must fill a grid of {self.grid[0]}x{self.grid[1]} and be below "
+                f"{transformer.vocabulary.num_codes}, got {'x'.join(map(str, self.known.shape))} up to "
+                f"{int(self.known.max())}"
             )
         if self.window != 1 and (self.low is not None or not 1 < self.window <= MAX_WINDOW):
             raise RequestError(
