@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from mars.cli.convert import convert_app, init
 from mars.cli.data import data_app
+from mars.cli.edit import edit
 from mars.cli.options import (
     Candidates,
     Debug,
@@ -68,6 +69,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")
 app.command()(init)
 app.command()(upscale)
+app.command()(edit)
 
 
 def _standard_input() -> str:

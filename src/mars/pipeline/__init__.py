@@ -28,9 +28,11 @@ from mars.model.precision import Precision, check_precision
 from mars.picture import GeneratedImage, on_white_page, open_picture
 from mars.pipeline.description import describe_model
 from mars.pipeline.drawings import DrawingFailed, Drawings, Drawn, Preview, unfinished
+from mars.pipeline.editing import Margins, edit_order
 from mars.pipeline.orders import DEFAULT_SAMPLING, Generated, Order, draw_order, upscale_order
 from mars.pipeline.saving import save_with_card
 from mars.pipeline.upscaling import UPSCALE_SAMPLING
+from mars.pipeline.writing import answer
 from mars.sequence.text import CAPTION_HINTS
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "mars-mini"
@@ -242,13 +244,42 @@ class MarsPipeline:
         )
         return self._draw(order, progress=progress)
 
+    def edit(
+        self,
+        picture: str | Path | Image.Image,
+        prompt: str = "",
+        *,
+        mask: str | Path | Image.Image | None = None,
+        margins: Margins | None = None,
+        vary: float | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Generated:
+        """Draws part of a picture anew, which is fitted onto a white page of the model's size.
+
+        Args:
+            prompt: what the whole picture is to show.
+            mask: as large as the picture, white (or transparent) where it is drawn anew; the rest keeps its pixels.
+            margins: pixels to the left, above, to the right and below the picture, which are drawn around it.
+            vary: a share of the picture's codes that are drawn anew, in places that the seed chooses.
+            options: `n`, `seed`, `negative_prompt`, `sampling`, as for a call.
+
+        Raises:
+            RequestError: unless there is just one of mask, margins and `vary`, and it can be used.
+            PromptError: if the prompt is too long.
+            ImageError: if a file is no picture.
+        """
+        order = edit_order(self, picture, prompt, mask=mask, margins=margins, vary=vary, **options)
+        return self._draw(order, progress=progress)
+
     def finish(self, order: Order, codes: Tensor, *, started: float) -> Generated:
         """An order's codes (pictures, R, C) as pictures; `started` is when it was taken in."""
         drawn = time.perf_counter()
+        decoded = self.decode(codes) if order.keep is None else map(order.keep, self.decode(codes))
         images = [
             GeneratedImage(one, self._text(prompt, seed, how))
             for one, prompt, seed, how in zip(
-                self.decode(codes), order.prompts, order.seeds, order.settings, strict=True
+                decoded, order.prompts, order.seeds, order.settings, strict=True
             )
         ]  # fmt: skip
         ended = time.perf_counter()
@@ -340,28 +371,4 @@ class MarsPipeline:
         Raises:
             PromptError: if the text is empty.
         """
-        if not text.strip():
-            raise PromptError("the text must not be empty; say something")
-        tokenizer = self.model.text_tokenizer
-        written: list[int] = []
-        told = ""
-
-        def tell(token: int) -> None:
-            nonlocal told
-            written.append(token)
-            whole = tokenizer.decode(written)
-            if emit is not None and not whole.endswith("\ufffd"):  # half a character waits for its other bytes
-                emit(whole[len(told) :])
-                told = whole
-
-        ids = continue_text(
-            self.model.transformer,
-            tokenizer.apply_chat(text, system=system),
-            max_tokens=max_tokens,
-            end=(tokenizer.eos_id,),
-            emit=tell,
-        )
-        answer = tokenizer.decode(ids)
-        if emit is not None and answer != told:
-            emit(answer[len(told) :])
-        return answer
+        return answer(self.model, text, system=system, max_tokens=max_tokens, emit=emit)

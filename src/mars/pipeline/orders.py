@@ -4,7 +4,7 @@ Letters: B pictures, R rows, C columns.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,8 @@ class Order:
     requests: list[DrawRequest]
     settings: list[dict[str, Any]]
     """What is written into the pictures."""
+    keep: Callable[[Image.Image], Image.Image] | None = None
+    """Puts pixels that are kept into a picture that was drawn."""
 
     @property
     def tokens(self) -> int:
@@ -72,8 +74,9 @@ def draw_order(
     height: int | None = None,
     negative_prompt: str = "",
     sampling: Sampling = DEFAULT_SAMPLING,
+    empty: bool = False,
 ) -> Order:
-    """Pictures to draw; arguments and errors are those of `MarsPipeline.__call__`."""
+    """Pictures to draw; arguments and errors are those of `MarsPipeline.__call__`. `empty` allows empty prompts."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise PromptError("there must be at least one prompt, got none")
@@ -81,7 +84,8 @@ def draw_order(
         raise RequestError(
             f"a call draws 1 to {MAX_IMAGES} pictures, got n = {n} for {len(prompts)} prompts; make several calls"
         )
-    pipe.check_prompts(prompts)
+    if not empty:
+        pipe.check_prompts(prompts)
     grid = find_grid(width, height, sizes=pipe.sizes, factor=pipe.model.image_tokenizer.config.factor)
     seeds = all_seeds(seed, prompts=len(prompts), n=n)
     repeated = [text for text in prompts for _ in range(n)]
