@@ -33,6 +33,7 @@ from mars.cli.options import (
 )
 from mars.cli.progress import bar
 from mars.cli.upscale import upscale
+from mars.cli.write import write
 from mars.errors import MarsError, PromptError, RequestError
 
 _UsageError: Any = typer.BadParameter.__bases__[0]
@@ -70,6 +71,7 @@ app.add_typer(convert_app, name="convert")
 app.command()(init)
 app.command()(upscale)
 app.command()(edit)
+app.command()(write)
 
 
 def _standard_input() -> str:

@@ -261,6 +261,13 @@ class StaticCache(Cache):
         self.lengths_B = added if self.lengths_B is None else torch.cat([self.lengths_B, added])
         self._measure()
 
+    def prefix(self, row: int) -> Prefix:
+        """What a row holds so far, for another cache; it has no last hidden state."""
+        assert self.lengths_B is not None
+        length, places = int(self.lengths_B[row]), [self.places[layer] for layer in self.visual_layers]
+        keys, values = self.store[:, places, row, :, :length].clone()
+        return Prefix(keys=keys, values=values, last_hidden=keys.new_empty(0))
+
     def forget(self, counts_B: Tensor) -> None:
         """Takes back the last columns of each row, as many as said."""
         assert self.lengths_B is not None

@@ -7,7 +7,7 @@ pixels to PIL with what is needed to draw them again.
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from mars.pipeline.editing import Margins, edit_order
 from mars.pipeline.orders import DEFAULT_SAMPLING, Generated, Order, draw_order, upscale_order
 from mars.pipeline.saving import save_with_card
 from mars.pipeline.upscaling import UPSCALE_SAMPLING
-from mars.pipeline.writing import answer
+from mars.pipeline.writing import Piece, Said, answer, document
 from mars.sequence.text import CAPTION_HINTS
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "mars-mini"
@@ -277,7 +277,7 @@ class MarsPipeline:
         drawn = time.perf_counter()
         decoded = self.decode(codes) if order.keep is None else map(order.keep, self.decode(codes))
         images = [
-            GeneratedImage(one, self._text(prompt, seed, how))
+            GeneratedImage(one, self.about(prompt, seed, how))
             for one, prompt, seed, how in zip(
                 decoded, order.prompts, order.seeds, order.settings, strict=True
             )
@@ -301,7 +301,8 @@ class MarsPipeline:
             raise PromptError(f"a prompt must have at most {MAX_PROMPT_TOKENS} tokens, got {len(ids)}; shorten it")
         return ids
 
-    def _text(self, prompt: str, seed: int, settings: dict[str, Any]) -> dict[str, str]:
+    def about(self, prompt: str, seed: int, settings: Mapping[str, Any]) -> dict[str, str]:
+        """What is written into a picture, so that it can be drawn again."""
         return {
             "prompt": prompt,
             "seed": str(seed),
@@ -372,3 +373,20 @@ class MarsPipeline:
             PromptError: if the text is empty.
         """
         return answer(self.model, text, system=system, max_tokens=max_tokens, emit=emit)
+
+    def write(self, parts: Said | Sequence[Said], **options: Any) -> Iterator[Piece]:
+        """Goes on from texts and pictures in any order, a text first: the model writes, and paints where it wants to.
+
+        Args:
+            options: `max_tokens` (128) of text and `max_images` (4) at most; `seed`; `writing` and `drawing`, the
+                sampling of text (default: the likeliest) and of pictures; `previews`, whether to show each row of one.
+
+        Returns:
+            `Words`, `HalfDrawn` and `Painted` (`pipeline/writing.py`) as they come.
+
+        Raises:
+            PromptError: if there is no text to begin with.
+            RequestError: if all that may follow does not fit into the LLM's positions.
+            ImageError: if a file is no picture.
+        """
+        return document(self, parts, **options)
