@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: wa
 import typer
 from typer.core import TyperGroup
 
+from mars.cli.bench import bench
 from mars.cli.convert import convert_app, init
 from mars.cli.data import data_app
 from mars.cli.edit import edit
@@ -71,6 +72,7 @@ app.add_typer(convert_app, name="convert")
 app.command()(init)
 app.command()(upscale)
 app.command()(edit)
+app.command()(bench)
 app.command()(write)
 
 

@@ -13,7 +13,7 @@ Letters: O outputs, I inputs, T tiles of 16 outputs, K blocks of 32 inputs.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -163,6 +163,8 @@ def quantize_linears(module: nn.Module, *, bits: Bits, where: str = "model") -> 
 class HalfWeight:
     """A copy of a weight in fp16, in the kernel's order; a copy of fp16 weights in fp32 loses nothing."""
 
+    BYTES: ClassVar[int] = 2
+    """Of a weight."""
     codes: Tensor
     """(T, I, 16) fp16; the last tile is filled up with zeros."""
 
