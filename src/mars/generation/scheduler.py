@@ -4,14 +4,17 @@ A plain object without threads, which one worker drives: `submit` and `cancel` b
 `busy`. Ids in, ids out: knows neither pixels nor strings.
 
 First come, first served: candidates join in the order in which they were asked for, as soon as they fit under the
-ceilings of rows and tokens; nobody overtakes, so nobody starves. Each picture is what it would be alone (`batch.py`).
+ceilings of rows and tokens; nobody overtakes, so nobody starves. Each picture is what it would be alone: up to
+rounding, or to the bit where the kernel draws (`batch.py`) and prompts are read one by one (`prompts.py`).
 
 Letters: R rows, C columns, N codes.
 """
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -162,8 +165,7 @@ class Scheduler:
     @torch.inference_mode()
     def read_prompts(self) -> None:
         """Reads the prompts of all that wait, which otherwise happens when they join."""
-        for job in self._waiting:
-            self._read(job)
+        self.prompts.read_all(prompt for job in self._waiting for prompt in job.prompts)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -217,6 +219,10 @@ class Scheduler:
     def _admit(self) -> list[Event]:
         """Candidates that fit, in the order in which they were asked for."""
         events: list[Event] = []
+        if self._waiting and self._room_for(self._waiting[0].request):
+            coming = islice(self._waiting, self.max_rows - self.rows)
+            with suppress(Exception):  # one that cannot be read will fail when it is read alone
+                self.prompts.read_all(prompt for job in coming for prompt in job.prompts)
         while self._waiting and (batch := self._room_for(self._waiting[0].request)):
             job = self._waiting[0]
             try:

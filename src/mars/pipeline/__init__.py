@@ -27,7 +27,7 @@ from mars.hub import hub_folder, is_hub_id, upload
 from mars.model.precision import Precision, check_precision
 from mars.picture import GeneratedImage, on_white_page, open_picture
 from mars.pipeline.description import describe_model
-from mars.pipeline.drawings import DrawingFailed, Drawings, Drawn, Preview, unfinished
+from mars.pipeline.drawings import DrawingFailed, Drawings, Drawn, Preview
 from mars.pipeline.editing import Margins, edit_order
 from mars.pipeline.orders import DEFAULT_SAMPLING, Generated, Order, draw_order, upscale_order
 from mars.pipeline.saving import save_with_card
@@ -326,8 +326,14 @@ class MarsPipeline:
         return [Image.fromarray(one) for one in pixels]
 
     def preview(self, codes: Tensor, *, rows: int) -> Image.Image:
-        """The first rows of a picture's codes (R, C), of `rows` in all, as a picture whose rest is empty."""
-        return self.decode(unfinished(codes, rows=rows)[None])[0]
+        """The first rows of a picture's codes (R, C), of `rows` in all, on a white page of the whole picture's size.
+
+        Decoding some rows costs that share of the whole; the last pixels, which lack what comes below, change later.
+        """
+        (part,) = self.decode(codes[None])
+        page = Image.new("RGB", (part.width, part.height * rows // len(codes)), "white")
+        page.paste(part)
+        return page
 
     @torch.inference_mode()
     def encode(self, image: Image.Image) -> Tensor:

@@ -13,7 +13,6 @@ Letters: R rows, C columns.
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -48,13 +47,13 @@ class Drawing:
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """A picture half-way: rows that are not drawn yet are empty."""
+    """A picture half-way: what is not drawn yet is a white page."""
 
     drawing: Drawing
     picture: int
     """Which one of the order."""
     number: int
-    """Which of its previews, from 0; a picture whose rows come several at a time may skip some."""
+    """Which of its previews, from 0; a picture of few rows has fewer than were asked for."""
     image: Image.Image
 
 
@@ -134,12 +133,7 @@ class Drawings:
         index = drawing.tickets[event.ticket]
         match event:
             case RowDrawn():
-                due = len(event.codes) * (drawing.previews + 1) // drawing.order.requests[index].grid[0]
-                if due <= drawing.shown[index]:
-                    return []
-                drawing.shown[index] = due
-                image = self.pipe.preview(event.codes, rows=drawing.order.requests[index].grid[0])
-                return [Preview(drawing=drawing, picture=index, number=due - 1, image=image)]
+                return self._preview(drawing, index, event.codes)
             case Failed():
                 self.cancel(drawing)
                 return [DrawingFailed(drawing=drawing, error=event.error)]
@@ -151,8 +145,13 @@ class Drawings:
         codes = torch.stack([drawing.codes[number] for number in range(len(drawing.codes))])
         return [Drawn(drawing=drawing, generated=self.pipe.finish(drawing.order, codes, started=drawing.started))]
 
-
-def unfinished(codes_RC: Tensor, *, rows: int) -> Tensor:
-    """Codes of a grid with `rows` rows of which the first are known; the last known one stands for all others."""
-    missing: Sequence[Tensor] = [codes_RC[-1:]] * (rows - len(codes_RC))
-    return torch.cat([codes_RC, *missing])
+    def _preview(self, drawing: Drawing, index: int, codes_RC: Tensor) -> list[News]:
+        """A preview of the first rows, if it is time for one."""
+        request, parts = drawing.order.requests[index], drawing.previews + 1
+        rows, done = request.grid[0], len(codes_RC)
+        if done * parts // rows == (done - request.side) * parts // rows:
+            return []
+        number = drawing.shown[index]
+        drawing.shown[index] += 1
+        image = self.pipe.preview(codes_RC, rows=rows)
+        return [Preview(drawing=drawing, picture=index, number=number, image=image)]
