@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mars.data.ingestion.files import files_below, folder_parts, tar_part
+from mars.data.ingestion.image_folder import ImageFolder, metadata_tables
 from mars.data.ingestion.items import PICTURE_SUFFIXES, Part, suffix_of
 from mars.data.ingestion.records import Columns
-from mars.data.ingestion.tables import TABLE_SUFFIXES, require_columns, saved_tables, table_part
+from mars.data.ingestion.tables import TABLE_SUFFIXES, require_columns, saved_tables, split_of, table_part
 from mars.errors import DataError
 
 _TARS = (".tar", ".tar.gz", ".tgz")
@@ -31,7 +32,7 @@ def open_source(path: Path, *, columns: Columns) -> Source:
     """Finds out what lies at `path`; nothing but names and the heads of tables is read.
 
     It is a table, a tar, a folder of tables or of tars at any depth, a folder that Hugging Face `datasets` saved to
-    disk, or a folder of picture files with text beside them.
+    disk, or a folder of picture files with text or tables of metadata beside them.
 
     Raises:
         DataError: if it is none of these, or more than one, or lacks a column that was named.
@@ -55,7 +56,10 @@ def open_source(path: Path, *, columns: Columns) -> Source:
     if found["tar"]:
         return describe(parts=lambda: (_tar(each, root=path, columns=columns) for each in found["tar"]))
     if found["table"] and not pictures:
-        return describe(parts=_tables([(each, {}) for each in found["table"]], root=path, columns=columns))
+        tables = [(each, split_of(_below(each, path)) if each != path else {}) for each in found["table"]]
+        return describe(parts=_tables(tables, root=path, columns=columns))
+    if metadata := metadata_tables(found["table"]):
+        return describe(parts=ImageFolder(path, metadata, columns=columns).parts)
     if path.is_dir() and others:
         return describe(parts=lambda: folder_parts(path))
     what = "is empty" if path.is_dir() else "is neither a tar nor a table"
