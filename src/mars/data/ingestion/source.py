@@ -26,6 +26,8 @@ class Source:
     parts: Callable[[], Iterator[Part]]
     listing: str
     """A digest of the names and sizes of its files: a run goes on only where it is the same."""
+    lacks: tuple[str, ...] = ()
+    """Columns of captions that were named and that its tables do not have."""
 
 
 def open_source(path: Path, *, columns: Columns) -> Source:
@@ -35,7 +37,7 @@ def open_source(path: Path, *, columns: Columns) -> Source:
     disk, or a folder of picture files with text or tables of metadata beside them.
 
     Raises:
-        DataError: if it is none of these, or more than one, or lacks a column that was named.
+        DataError: if it is none of these, or more than one, or lacks a column that was named, or all those of captions.
     """
     path = Path(os.path.abspath(path.expanduser()))  # noqa: PTH100 - links keep the names that people gave them
     listing = hashlib.sha256()
@@ -50,14 +52,14 @@ def open_source(path: Path, *, columns: Columns) -> Source:
             others += 1
     describe = partial(Source, name=path.name, listing=listing.hexdigest())
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return describe(parts=_tables(list(saved_tables(path)), root=path, columns=columns))
+        return _tables(describe, list(saved_tables(path)), root=path, columns=columns)
     if path.is_dir() and pictures and found["tar"]:
         raise DataError(f"{path} holds both pictures and tars ({found['tar'][0].name}); name the one or the other")
     if found["tar"]:
         return describe(parts=lambda: (_tar(each, root=path, columns=columns) for each in found["tar"]))
     if found["table"] and not pictures:
         tables = [(each, split_of(_below(each, path)) if each != path else {}) for each in found["table"]]
-        return describe(parts=_tables(tables, root=path, columns=columns))
+        return _tables(describe, tables, root=path, columns=columns)
     if metadata := metadata_tables(found["table"]):
         return describe(parts=ImageFolder(path, metadata, columns=columns).parts)
     if path.is_dir() and others:
@@ -99,13 +101,16 @@ def _tar(path: Path, *, root: Path, columns: Columns) -> Part:
     return tar_part(path, name=_below(path, root), image=columns.roles.get("image"))
 
 
-def _tables(tables: list[tuple[Path, dict[str, Any]]], *, root: Path, columns: Columns) -> Callable[[], Iterator[Part]]:
+def _tables(
+    describe: Callable[..., Source], tables: list[tuple[Path, dict[str, Any]]], *, root: Path, columns: Columns
+) -> Source:
+    there = set[str]()
     for path, _ in tables:
-        require_columns(path, columns=columns.named)
+        there |= require_columns(path, columns=columns.required, captions=columns.caption_names)
 
     def parts() -> Iterator[Part]:
         image = columns.roles.get("image")
         for path, more in tables:
             yield table_part(path, name=_below(path, root), image=image, wanted=columns.wanted, more=more)
 
-    return parts
+    return describe(parts=parts, lacks=tuple(name for name in columns.caption_names if name not in there))

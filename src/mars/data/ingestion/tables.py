@@ -70,22 +70,39 @@ def _image_column(row: dict[str, Any], *, path: Path) -> str:
     raise DataError(f"{path} has no column of pictures that is known; say which with --column image=NAME")
 
 
-def require_columns(path: Path, *, columns: Collection[str]) -> None:
+def require_columns(path: Path, *, columns: Collection[str], captions: Collection[str]) -> set[str]:
     """Looks at the head of a table for columns that were named.
 
+    Args:
+        columns: all of which must be there.
+        captions: one of which must be there, if any is named.
+
+    Returns:
+        The `captions` that are there; of JSON lines, where every row may have other columns, and of a table that is
+        damaged, which is told when it is read, all of them.
+
     Raises:
-        DataError: if one of them is not there.
+        DataError: if something is not there.
     """
     try:
         found = _columns(path)
     except (OSError, ValueError, csv.Error):
-        return  # a table that is damaged is told when it is read
-    if found and (missing := sorted(set(columns) - set(found))):
+        found = []
+    if not found:
+        return {*captions}
+    if missing := sorted(set(columns) - set(found)):
         raise DataError(f"{path} has no column {missing[0]}; it has {', '.join(found)}")
+    there = set(captions) & set(found)
+    if captions and not there:
+        raise DataError(
+            f"{path} has no column {' or '.join(captions)}; it has {', '.join(found)}: name that of its captions too, "
+            "with --caption"
+        )
+    return there
 
 
 def _columns(path: Path) -> list[str]:
-    """None for JSON lines, where every row may have others."""
+    """None of JSON lines."""
     match suffix_of(path.name):
         case "parquet":
             import pyarrow.parquet as pq
