@@ -38,6 +38,15 @@ def test_a_folder_becomes_shards_and_the_rest_is_told(run: Run, photos: Path, tm
     assert (first.licence, second.licence, second.scores) == ("CC0-1.0", "MIT", {"beauty": 0.5})
 
 
+def test_a_column_of_captions_that_a_source_lacks_is_told(run: Run, photos: Path, tmp_path: Path) -> None:
+    (photos / "list.csv").write_text("image,text\n2.png,a cat\n")
+    options = ["--caption", "txt:zh", "--caption", "text:en", "--workers", "0"]
+    code, printed, told = run("data", "ingest", photos, photos / "list.csv", "--out", tmp_path / "out", *options)
+    assert (code, told) == (0, "")
+    assert "  no column txt in list.csv; its captions are the others that were named" in printed.splitlines()
+    assert [one.text for one in list(read_pictures(tmp_path / "out"))[-1].record.captions] == ["a cat"]
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

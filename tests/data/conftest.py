@@ -123,60 +123,61 @@ def picture_file() -> Callable[..., bytes]:
     return file
 
 
+def write_spoiled(folder: Path) -> SpoiledFolder:
+    """Writes good pictures and 200 spoiled ones into a folder; always the same."""
+    made = SpoiledFolder(folder)
+
+    def put(name: str, content: bytes, texts: dict[str, str]) -> str:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        fields = {**texts, "url": f"{made.base}/{name}"}
+        path.with_suffix(".json").write_text(json.dumps(fields, ensure_ascii=False), "utf-8")
+        return name
+
+    for number in range(GOOD):  # of three kinds, in two folders
+        suffix, kind = (("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP"))[number % 3]
+        name = f"{'ab'[number % 2]}/good-{number:03d}.{suffix}"
+        made.good.append(put(name, encoded(art(number), kind, quality=92), captions(number)))
+    for number in range(10):  # 10 x (12 + 2)
+        for damage, (content, word) in _spoil_bytes(1000 + number).items():
+            stem, suffix = damage.split(".")
+            made.refused[put(f"c/{stem}-{suffix}-{number}.{suffix}", content, captions(number))] = word
+        name = put(f"c/letters-{number}.png", encoded(art(2000 + number)), {})
+        (folder / name).with_suffix(".json").write_bytes('{"text_zh": "一只黑色的猫坐在窗边"}'.encode("gb18030"))
+        made.refused[name] = "UTF-8"
+        (folder / "c" / f"alone-{number}.json").write_text("{}")
+        made.refused[f"c/alone-{number}.json"] = "no picture"
+    for number in range(30):
+        shown = art(number)
+        original, texts = made.good[number], captions(5000 + number)
+        copies = {
+            "same": ((folder / original).read_bytes(), original.rsplit(".")[-1]),
+            "pixels": (encoded(Image.open(folder / original).convert("RGB"), "PNG", compress_level=1), "png"),
+            "smaller": (encoded(shown.resize((48, 48), Image.Resampling.LANCZOS)), "png"),
+            "jpeg": (encoded(shown, "JPEG", quality=60), "jpg"),
+        }
+        kind = list(copies)[number % 4]
+        content, suffix = copies[kind]
+        made.duplicates[put(f"d/{kind}-{number}.{suffix}", content, texts)] = original
+    for number in range(20):
+        texts = captions(6000 + number)
+        if number % 2:
+            texts = {"text_en": texts["text_zh"], "text_zh": texts["text_en"]}
+        else:
+            texts["text_en"] = "В этом году зима пришла рано, и снег лежит на крышах"
+        made.mislabelled.append(put(f"e/mislabelled-{number}.png", encoded(art(3000 + number)), texts))
+    for number in range(10):
+        height = 16 + number
+        content = encoded(art(4000 + number, size=(40 * height, height)))
+        made.extreme.append(put(f"e/extreme-{number}.png", content, captions(7000 + number)))
+    return made
+
+
 @pytest.fixture(scope="session")
 def spoil() -> Callable[[Path], SpoiledFolder]:
     """Writes good pictures and 200 spoiled ones into a folder; always the same."""
-
-    def write(folder: Path) -> SpoiledFolder:
-        made = SpoiledFolder(folder)
-
-        def put(name: str, content: bytes, texts: dict[str, str]) -> str:
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-            fields = {**texts, "url": f"{made.base}/{name}"}
-            path.with_suffix(".json").write_text(json.dumps(fields, ensure_ascii=False), "utf-8")
-            return name
-
-        for number in range(GOOD):  # of three kinds, in two folders
-            suffix, kind = (("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP"))[number % 3]
-            name = f"{'ab'[number % 2]}/good-{number:03d}.{suffix}"
-            made.good.append(put(name, encoded(art(number), kind, quality=92), captions(number)))
-        for number in range(10):  # 10 x (12 + 2)
-            for damage, (content, word) in _spoil_bytes(1000 + number).items():
-                stem, suffix = damage.split(".")
-                made.refused[put(f"c/{stem}-{suffix}-{number}.{suffix}", content, captions(number))] = word
-            name = put(f"c/letters-{number}.png", encoded(art(2000 + number)), {})
-            (folder / name).with_suffix(".json").write_bytes('{"text_zh": "一只黑色的猫坐在窗边"}'.encode("gb18030"))
-            made.refused[name] = "UTF-8"
-            (folder / "c" / f"alone-{number}.json").write_text("{}")
-            made.refused[f"c/alone-{number}.json"] = "no picture"
-        for number in range(30):
-            shown = art(number)
-            original, texts = made.good[number], captions(5000 + number)
-            copies = {
-                "same": ((folder / original).read_bytes(), original.rsplit(".")[-1]),
-                "pixels": (encoded(Image.open(folder / original).convert("RGB"), "PNG", compress_level=1), "png"),
-                "smaller": (encoded(shown.resize((48, 48), Image.Resampling.LANCZOS)), "png"),
-                "jpeg": (encoded(shown, "JPEG", quality=60), "jpg"),
-            }
-            kind = list(copies)[number % 4]
-            content, suffix = copies[kind]
-            made.duplicates[put(f"d/{kind}-{number}.{suffix}", content, texts)] = original
-        for number in range(20):
-            texts = captions(6000 + number)
-            if number % 2:
-                texts = {"text_en": texts["text_zh"], "text_zh": texts["text_en"]}
-            else:
-                texts["text_en"] = "В этом году зима пришла рано, и снег лежит на крышах"
-            made.mislabelled.append(put(f"e/mislabelled-{number}.png", encoded(art(3000 + number)), texts))
-        for number in range(10):
-            height = 16 + number
-            content = encoded(art(4000 + number, size=(40 * height, height)))
-            made.extreme.append(put(f"e/extreme-{number}.png", content, captions(7000 + number)))
-        return made
-
-    return write
+    return write_spoiled
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,16 @@
 import asyncio
 import hashlib
 import json
+import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
+from mars.data import recaption as recaption_module
 from mars.data.recaption import GIVE_UP, MOST_UNITS, AnswerCache, NoAnswer, UnusableAnswer, fault_of, recaption
 from mars.data.shard_folder import ShardFolder
 from mars.data.shards import Caption, Picture, Record, read_pictures
@@ -225,6 +228,34 @@ def test_unknown_languages_and_other_folders_are_refused(source: Path, tmp_path:
 def test_a_file_that_is_no_cache_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     path.write_text("some text that is no database, and long enough to be seen as such" * 20)
-    with pytest.raises(DataError, match="cannot be opened"):
+    with pytest.raises(DataError, match=r"cannot be used \(file is not a database\); it is something else: name anoth"):
         AnswerCache(path)
     assert path.read_text().startswith("some text")
+    with pytest.raises(DataError, match=r"cannot be used \(File exists\); name another file"):
+        AnswerCache(path / "below")
+
+
+def test_a_cache_that_is_damaged_or_full_or_held_is_one_line_and_the_run_goes_on_later(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recaption_module, "PATIENCE", 0.01)
+    run(source, "whole", Writer())
+    whole = (tmp_path / "c").read_bytes()
+    (tmp_path / "c").write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))  # its first page is sound
+    with pytest.raises(DataError, match=r"captions in .*c cannot be used \(.*malformed\); the file is damaged: remo"):
+        run(source, "out", Writer())
+    (tmp_path / "c").unlink()
+    with sqlite3.connect(tmp_path / "c", isolation_level=None) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(DataError, match=r"cannot be used \(database is locked\); another process holds them: wait"):
+            run(source, "out", Writer())
+    other.close()
+    with closing(AnswerCache(tmp_path / "c")) as cache:
+        cache._file.execute("PRAGMA max_page_count = 3")
+        with pytest.raises(
+            DataError, match=r"cannot be used \(database or disk is full\); make room and run"
+        ) as caught:
+            cache.put("much", EN * 10_000)
+    assert "\n" not in str(caught.value)
+    run(source, "out", Writer())
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")

@@ -225,6 +225,37 @@ def test_a_shard_that_was_changed_is_told(tmp_path: Path, change: Any) -> None:
         write(tmp_path / "out")
 
 
+@pytest.mark.parametrize("stop", [None, 18])
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: os.truncate(path, path.stat().st_size // 2)])
+def test_a_journal_that_was_removed_or_cut_is_told_and_nothing_is_changed(
+    whole: Path, tmp_path: Path, change: Any, stop: int | None
+) -> None:
+    out = tmp_path / "out"
+    write(out, stop_at=stop)
+    kept = (out / "quarantine.jsonl").read_bytes()
+    change(out / "quarantine.jsonl")
+    before = contents(out)
+    with pytest.raises(DataError, match=r"quarantine.jsonl is missing or was cut; put it back, or remove .*out and "):
+        write(out)
+    assert contents(out) == before
+    (out / "quarantine.jsonl").write_bytes(kept)
+    write(out)
+    assert contents(out) == contents(whole)
+
+
+def test_a_journal_without_a_line_may_be_removed(tmp_path: Path) -> None:
+    for finish in (False, True):
+        with open_folder(tmp_path / "out") as folder:
+            folder.add(picture(0), consumed=1)
+            if finish:
+                folder.finish()
+        before = contents(tmp_path / "out")
+        (tmp_path / "out" / "quarantine.jsonl").unlink()
+        with open_folder(tmp_path / "out"):
+            pass
+        assert contents(tmp_path / "out") == before
+
+
 def test_two_processes_never_write_the_same_folder(tmp_path: Path) -> None:
     with open_folder(tmp_path / "out") as folder:
         folder.add(picture(0), consumed=1)

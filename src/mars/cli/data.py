@@ -29,7 +29,13 @@ def emoji(
     from mars.data.emoji import make_emoji
     from mars.data.shards import write_pictures
 
-    typer.echo(f"{out}: {write_pictures(out, make_emoji(cache=cache, size=size)):,} pictures")
+    refused: list[str] = []
+    made = make_emoji(cache=cache, size=size, refused=lambda key, reason: refused.append(f"{key}: {reason}"))
+    typer.echo(f"{out}: {write_pictures(out, made):,} pictures")
+    if refused:
+        typer.echo(f"  refused: {len(refused):,}")
+    for line in refused:
+        typer.echo(f"    {line}")
 
 
 @data_app.command()

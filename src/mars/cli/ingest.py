@@ -14,14 +14,17 @@ def ingest(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            help="Folders of pictures with .txt, .json or .caption beside them; JSONL, CSV, TSV or Parquet; WebDataset "
-            "tars; folders of these; data sets that `datasets` saved."
+            help="Folders of pictures with .txt, .json, .caption or metadata.csv beside them; JSONL, CSV, TSV or "
+            "Parquet; WebDataset tars; folders of these; data sets that `datasets` saved."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The folder of shards to write, or to continue.")],
     caption: Annotated[
         list[str] | None,
-        typer.Option(help="COLUMN[:LANGUAGE[:KIND]] of captions, as text_zh:zh:translated; txt is the text beside."),
+        typer.Option(
+            help="COLUMN[:LANGUAGE[:KIND]] of captions, as text_zh:zh:translated; txt is the text beside. A source is "
+            "read for those that it has."
+        ),
     ] = None,
     column: Annotated[
         list[str] | None,
@@ -64,6 +67,8 @@ def ingest(
             progress=progress,
         )
     typer.echo(f"{out}: {report.pictures:,} pictures in {report.shards:,} shards")
+    for name, lacking in report.lacks.items():
+        typer.echo(f"  no column {' and no '.join(lacking)} in {name}; its captions are the others that were named")
     if report.without_caption:
         typer.echo(f"  without a caption: {report.without_caption:,}")
     if report.refused:

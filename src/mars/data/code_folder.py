@@ -9,25 +9,22 @@ A shard counts once its JSON is there and its files are what it says; any other 
 alone, so the bytes are those of a run that was never stopped.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from mars.data.described_folder import locked, read_description, refuse_other, write_description
 from mars.data.encode import BLOCK, PIXELS, Encoder, Outcome, blocks
 from mars.data.picture_set import shard_digests
-from mars.data.shard_folder import read_description
 from mars.data.shards import INDEX, CodedPicture, Picture, read_pictures, write_codes
 from mars.data.workers import WorkerDied, in_order
 from mars.errors import DataError
-from mars.files import place_for, reason, whole_file
+from mars.files import place_for, whole_file
 
 Report = Callable[[int, int | None], None]
 """Called with how many pictures are done, and how many there are where that is known."""
@@ -73,7 +70,7 @@ class ShardWriter:
                 write_codes(self.out / path, items, tokenizer=self.encoder.digest)
                 files[path.as_posix()] = _digest(self.out / path)
         found = {"pictures": total, "sha256": self.digests[shard], "files": files, "refused": refused}
-        _write_json(self.out / f"{shard.stem}.json", found)
+        write_description(self.out / f"{shard.stem}.json", found)
 
 
 Engine = Callable[[Sequence[Path], ShardWriter, Callable[[int], None]], None]
@@ -127,7 +124,7 @@ def encode_folder(
     out = place_for(out, error=DataError, may_replace=_may_continue)
     settings = {"image_tokenizer": encoder.digest, **asdict(encoder.sizes), "block": BLOCK, "pixels": PIXELS}
     index: dict[str, Any] = {"finished": False, "settings": json.loads(json.dumps(settings))}
-    with _locked(out):
+    with locked(out):
         known = _known(out, digests=digests, settings=index["settings"])
         todo = [shard for shard in shards if shard not in known]
         done, total = sum(known.values()), _total(pictures)
@@ -139,7 +136,7 @@ def encode_folder(
                 progress(done, total)
 
         if todo:
-            _write_json(out / INDEX, index)
+            write_description(out / INDEX, index)
             told(0)
             engine(todo, ShardWriter(encoder=encoder, out=out, digests=digests), told)
         refused = [entry for shard in digests for entry in read_description(out / f"{shard.stem}.json")["refused"]]
@@ -150,7 +147,7 @@ def encode_folder(
         if not found.pictures:
             why = refused[0]["reason"] if refused else "there are none"
             raise DataError(f"none of {done:,} pictures of {pictures} can be encoded ({why}); {out} lists them")
-        _write_json(out / INDEX, {"finished": True, **asdict(found), "settings": index["settings"]})
+        write_description(out / INDEX, {"finished": True, **asdict(found), "settings": index["settings"]})
     return found
 
 
@@ -158,34 +155,11 @@ def _may_continue(folder: Path) -> bool:
     return (folder / INDEX).is_file() or all(path.name.startswith(".") for path in folder.iterdir())
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Makes the folder, and keeps other processes from writing there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise DataError(f"cannot write {folder}: {reason(error)}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise DataError(f"{folder} is being written by another process; wait for it or end it") from None
-    finally:
-        os.close(lock)
-
-
 def _known(out: Path, *, digests: Mapping[Path, str], settings: dict[str, Any]) -> dict[Path, int]:
     """Shards whose codes are there, with how many pictures they have."""
     if not (out / INDEX).is_file():
         return {}
-    made = read_description(out / INDEX)["settings"]
-    for name in settings:
-        if made.get(name) != settings[name]:
-            raise DataError(
-                f"{out} was made with {name} {json.dumps(made.get(name))}, got {json.dumps(settings[name])}; "
-                "name another folder, or remove it"
-            )
+    refuse_other(out, made=read_description(out / INDEX)["settings"], asked=settings)
     there = {path.stem: path for path in out.glob("*.json") if path.name != INDEX}
     if strangers := sorted(there.keys() - {shard.stem for shard in digests}):
         raise DataError(f"{out} holds codes of other shards, such as {strangers[0]}; name another folder, or remove it")
@@ -212,8 +186,3 @@ def _digest(path: Path) -> str | None:
         return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with whole_file(path, error=DataError) as partial_file:
-        partial_file.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")

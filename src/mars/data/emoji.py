@@ -7,14 +7,16 @@ left out. What is held out is fixed by hash: whole concepts, whole pictures, and
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,16 +174,30 @@ def _svg(icon: dict[str, Any], icons: dict[str, Any]) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{icon["body"]}</svg>'
 
 
-def _render(svg: str, size: int) -> bytes | None:
-    """PNG bytes of an SVG, or None where the renderer fails (its filters panic on a few icons)."""
+def _render(svg: str, size: int) -> bytes | str:
+    """PNG bytes of an SVG, or why the renderer fails (its filters panic on a few icons)."""
     import resvg_py
 
     try:
-        return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white"))
+        with _without_standard_error():
+            return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white"))
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # it derives from BaseException alone
             raise
-        return None
+        return f"the renderer panics: {' '.join(str(error).split())[:200]}"
+
+
+@contextmanager
+def _without_standard_error() -> Iterator[None]:
+    """Rust prints the trace of a panic there itself, before Python hears of it."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _captions(concept: Concept, style: EmojiSet) -> tuple[Caption, ...]:
@@ -207,13 +223,20 @@ def _split(concept: Concept, style: str) -> str:
     return "train"
 
 
-def make_emoji(*, cache: Path, size: int = 128, styles: tuple[str, ...] = tuple(SETS)) -> Iterator[Picture]:
+def make_emoji(
+    *,
+    cache: Path,
+    size: int = 128,
+    styles: tuple[str, ...] = tuple(SETS),
+    refused: Callable[[str, str], None] | None = None,
+) -> Iterator[Picture]:
     """Renders every emoji of every style as a (size, size) picture on white.
 
     Args:
         cache: where npm packages are unpacked; they are fetched once.
         size: pixels on each side.
         styles: names of `SETS`.
+        refused: called with the key of each picture that cannot be drawn, and the reason.
     """
     concepts = load_concepts(cache)
     for style in styles:
@@ -226,10 +249,13 @@ def make_emoji(*, cache: Path, size: int = 128, styles: tuple[str, ...] = tuple(
         with ProcessPoolExecutor() as pool:
             rendered = pool.map(_render, svgs, [size] * len(svgs), chunksize=16)
             for (concept, _), png in zip(found, rendered, strict=True):
-                if png is None:
+                key = f"{style}-{concept.hexcode.lower()}"
+                if isinstance(png, str):
+                    if refused is not None:
+                        refused(key, png)
                     continue
                 record = Record(
-                    key=f"{style}-{concept.hexcode.lower()}",
+                    key=key,
                     concept=concept.hexcode,
                     style=style,
                     split=_split(concept, style),

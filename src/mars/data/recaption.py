@@ -10,8 +10,8 @@ import hashlib
 import re
 import sqlite3
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -31,6 +31,14 @@ GIVE_UP = 10
 """Pictures in a row without an answer after which the captioner counts as gone."""
 AHEAD = 4
 """Pictures that wait for captions, times those that are asked for at once."""
+PATIENCE = 5.0
+"""Seconds to wait for another process that writes to the same cache."""
+_REMEDIES = {
+    sqlite3.SQLITE_FULL: "make room and run the same command again",
+    sqlite3.SQLITE_BUSY: "another process holds them: wait for it, or name another file",
+    sqlite3.SQLITE_CORRUPT: "the file is damaged: remove it, or name another one",
+    sqlite3.SQLITE_NOTADB: "it is something else: name another file",
+}
 _REFUSAL = re.compile(
     r"\W*(i(['’]m| am) (sorry|unable|not able)|i (can(['’]t|not)|am unable)|sorry|as an ai\b|unfortunately|"
     r"抱歉|对不起|很遗憾|我(无法|不能)|无法|作为一个?(人工智能|AI))",
@@ -108,17 +116,22 @@ class AnswerCache:
     """Captions on disk by picture, captioner and prompt.
 
     Raises:
-        DataError: if the file is no such cache or cannot be written.
+        DataError: from every method, if the file is no such cache or damaged, the disk is full, or another process
+            holds it for long.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with self._told():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = sqlite3.connect(path, isolation_level=None)
-            self._file.execute("CREATE TABLE IF NOT EXISTS answers (question TEXT PRIMARY KEY, answer TEXT NOT NULL)")
-        except (OSError, sqlite3.Error) as error:
-            raise DataError(f"the captions in {path} cannot be opened ({reason(error)}); name another file") from None
+            self._file = sqlite3.connect(path, isolation_level=None, timeout=PATIENCE)
+            try:
+                self._file.execute(
+                    "CREATE TABLE IF NOT EXISTS answers (question TEXT PRIMARY KEY, answer TEXT NOT NULL)"
+                )
+            except sqlite3.Error:
+                self._file.close()
+                raise
 
     def close(self) -> None:
         """Closes the file."""
@@ -126,15 +139,23 @@ class AnswerCache:
 
     def get(self, question: str) -> str | None:
         """The answer to a question, if it is known."""
-        found = self._file.execute("SELECT answer FROM answers WHERE question = ?", (question,)).fetchone()
+        with self._told():
+            found = self._file.execute("SELECT answer FROM answers WHERE question = ?", (question,)).fetchone()
         return str(found[0]) if found else None
 
     def put(self, question: str, answer: str) -> None:
         """Remembers an answer."""
-        try:
+        with self._told():
             self._file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (question, answer))
-        except sqlite3.Error as error:
-            raise DataError(f"the captions in {self.path} cannot be written ({reason(error)})") from None
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            code = getattr(error, "sqlite_errorcode", None) or 0
+            do = _REMEDIES.get(code & 0xFF, "name another file")  # behind the low byte are details
+            raise DataError(f"the captions in {self.path} cannot be used ({reason(error)}); {do}") from error
 
 
 def recaption(

@@ -11,17 +11,17 @@ written behind the last shard that counts is thrown away and made again, so the 
 never stopped, as long as the writer is a function of its source. Knows nothing about sources.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from mars.data.described_folder import locked, read_description, refuse_other, to_disk, write_description
 from mars.data.shards import INDEX, Picture, add_picture
 from mars.errors import DataError
 from mars.files import place_for, reason
@@ -98,13 +98,13 @@ class ShardFolder:
         self._in_shard = self._bytes_in_shard = 0
         self._last_consumed: Any = None
         self._journals: dict[str, BinaryIO] = {}
-        self._lock = -1
+        self._held = ExitStack()
 
     def __enter__(self) -> Self:
         try:
             with self._writing():
-                self.path.mkdir(parents=True, exist_ok=True)
-                self._take_lock()
+                self._held.enter_context(locked(self.path))
+                self._held.callback(self._discard)
                 self._open()
         except BaseException:
             self.__exit__(None, None, None)
@@ -120,11 +120,8 @@ class ShardFolder:
         for file in self._journals.values():
             with suppress(OSError):
                 file.close()
-        if self._lock >= 0:
-            with suppress(OSError):
-                self._partial().unlink()
-            os.close(self._lock)
-        self._tar, self._journals, self._lock = None, {}, -1
+        self._held.close()
+        self._tar, self._journals = None, {}
 
     def add(self, picture: Picture, *, consumed: Any) -> None:
         """Adds a picture; `consumed` is where a run that is stopped right behind it has to go on, as JSON."""
@@ -152,27 +149,22 @@ class ShardFolder:
             if self._tar is not None:
                 self._close_shard()
             for file in self._journals.values():
-                _to_disk(file)
+                to_disk(file)
             self.finished = True
             self._write_index()
 
     def _partial(self) -> Path:
         return self.path / f".shard-{len(self.shards):06d}.tar.partial"
 
-    def _take_lock(self) -> None:
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._lock = handle
-        except BlockingIOError:
-            os.close(handle)
-            raise DataError(f"{self.path} is being written by another process; wait for it or end it") from None
+    def _discard(self) -> None:
+        with suppress(OSError):
+            self._partial().unlink()
 
     def _open(self) -> None:
         """Reads what is there, and throws away what does not count."""
         if (self.path / INDEX).is_file():
             known = read_description(self.path / INDEX)
-            self._refuse_other(known["settings"])
+            refuse_other(self.path, made=known["settings"], asked=self.settings)
         else:
             (self.path / "README.md").write_text(_README, "utf-8")
             self._write_index()
@@ -187,6 +179,7 @@ class ShardFolder:
                     self.consumed, self.lines, sizes = shard["consumed"], shard["lines"], shard["journal_bytes"]
                     continue
             raise DataError(f"{self.path / name} is missing or was changed; remove {self.path} and make it again")
+        self._check_journals(sizes, lines=known["lines"] if known["finished"] else {})
         if known["finished"]:
             self.finished, self.lines = True, known["lines"]
             return
@@ -197,14 +190,17 @@ class ShardFolder:
             file = self._journals[name] = (self.path / f"{name}.jsonl").open("ab")
             file.truncate(size)
 
-    def _refuse_other(self, settings: Mapping[str, Any]) -> None:
-        for name in {**self.settings, **settings}:
-            there, here = settings.get(name), self.settings.get(name)
-            if there != here:
-                raise DataError(
-                    f"{self.path} was made with {name} {json.dumps(there, ensure_ascii=False)}, "
-                    f"got {json.dumps(here, ensure_ascii=False)}; name another folder, or remove it"
-                )
+    def _check_journals(self, sizes: Mapping[str, int], *, lines: Mapping[str, int]) -> None:
+        """What a journal has lost cannot be made again from shards; one without a line is made where it is gone."""
+        for name, size in sizes.items():
+            path = self.path / f"{name}.jsonl"
+            if not path.is_file() and not (size or lines.get(name)):
+                path.touch()
+            if path.is_file() and path.stat().st_size >= size:
+                with path.open("rb") as file:
+                    if name not in lines or sum(1 for _ in file) >= lines[name]:
+                        continue
+            raise DataError(f"{path} is missing or was cut; put it back, or remove {self.path} and make it again")
 
     def _close_shard(self) -> None:
         assert self._tar is not None
@@ -215,7 +211,7 @@ class ShardFolder:
             digest, size = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
             os.fsync(file.fileno())
         os.replace(partial, self.path / name)
-        sizes = {journal: _to_disk(file) for journal, file in self._journals.items()}
+        sizes = {journal: to_disk(file) for journal, file in self._journals.items()}
         described = {
             "pictures": self._in_shard,
             "bytes": size,
@@ -224,7 +220,7 @@ class ShardFolder:
             "lines": self.lines,
             "journal_bytes": sizes,
         }
-        _write_json((self.path / name).with_suffix(".json"), described)
+        write_description((self.path / name).with_suffix(".json"), described)
         self.shards.append(name)
         self.pictures += self._in_shard
         self.consumed = self._last_consumed
@@ -237,7 +233,7 @@ class ShardFolder:
             "shards": self.shards,
             "settings": self.settings,
         }
-        _write_json(self.path / INDEX, index)
+        write_description(self.path / INDEX, index)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -253,27 +249,3 @@ class ShardFolder:
 def _may_continue(folder: Path) -> bool:
     """Whether a folder is one of shards, or of one that was stopped before it said so."""
     return (folder / INDEX).is_file() or all(path.name in _FIRST for path in folder.iterdir())
-
-
-def _to_disk(file: BinaryIO) -> int:
-    """Makes sure that what was written lies on the disk; returns how many bytes there are."""
-    file.flush()
-    os.fsync(file.fileno())
-    return file.tell()
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(json.dumps(content, ensure_ascii=False, indent=1).encode())
-        _to_disk(file)
-    os.replace(partial, path)
-
-
-def read_description(path: Path) -> dict[str, Any]:
-    """What a folder or a shard says of itself; DataError if it cannot be read."""
-    try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged ({error}); remove {path.parent} and make it again") from error
-    return found

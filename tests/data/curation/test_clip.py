@@ -116,6 +116,25 @@ def test_the_aesthetic_score_is_a_linear_head(clip_folder: Path, tmp_path: Path)
         ClipAesthetic(folder=str(clip_folder), head=str(tmp_path / "other.safetensors"))
 
 
+def test_the_digest_is_that_of_all_that_decides_the_score(clip_folder: Path, tmp_path: Path) -> None:
+    folder, head = tmp_path / "clip", tmp_path / "head.safetensors"
+    shutil.copytree(clip_folder, folder)
+    save_file({"weight": torch.zeros(1, WIDTH), "bias": torch.zeros(1)}, head)
+    digests = [ClipScore(folder=str(clip_folder)).digest, ClipAesthetic(folder=str(folder), head=str(head)).digest]
+    assert ClipScore(folder=str(folder)).digest == digests[0], "the place does not matter"
+    save_file({"weight": torch.ones(1, WIDTH), "bias": torch.zeros(1)}, head)
+    digests.append(ClipAesthetic(folder=str(folder), head=str(head)).digest)
+    for name in ("preprocessor_config.json", "tokenizer.json"):
+        (folder / name).write_text((folder / name).read_text() + " ")
+        digests.append(ClipScore(folder=str(folder)).digest)
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {**weights, "visual_projection.weight": 2 * weights["visual_projection.weight"]}, folder / "model.safetensors"
+    )
+    digests.append(ClipScore(folder=str(folder)).digest)
+    assert len(set(digests)) == len(digests)
+
+
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors"])
 @pytest.mark.parametrize("damage", ["missing", "cut", "empty object"])
 def test_a_folder_that_is_no_clip_is_refused(clip_folder: Path, tmp_path: Path, file: str, damage: str) -> None:

@@ -16,6 +16,7 @@ from mars.config import from_dict
 from mars.data.curation import curate as module
 from mars.data.curation.config import CurationConfig
 from mars.data.curation.curate import curate
+from mars.data.curation.scorers import files_digest
 from mars.data.shards import Picture, read_pictures
 from mars.errors import DataError
 from tests.data.conftest import SpoiledFolder
@@ -110,7 +111,7 @@ def test_of_two_copies_the_better_stays(
 class Watched:
     """Counts what it is asked to score."""
 
-    name = "watched"
+    name, digest = "watched", ""
     seen = 0
 
     def score(self, images: Sequence[Image.Image], captions: Sequence[object]) -> list[float | None]:
@@ -138,6 +139,40 @@ def test_a_run_that_is_stopped_while_judging_goes_on_where_it_was(
     curate(spoiled_set, out=tmp_path / "out", config=rules, progress=stop)
     assert Watched.seen == once
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+class Weighted:
+    """What it says of a picture is what stands in its file of weights."""
+
+    name = "weighted"
+
+    def __init__(self, *, weights: str) -> None:
+        self.digest, self.says = files_digest([Path(weights)]), float(Path(weights).read_text())
+
+    def score(self, images: Sequence[Image.Image], captions: Sequence[object]) -> list[float | None]:
+        return [self.says] * len(images)
+
+
+def test_a_run_never_goes_on_with_the_weights_of_another_scorer(
+    tmp_path: Path, spoiled_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK", 20)
+    weights = tmp_path / "weights"
+    rules = config(scorers=[{"scorer": f"{__name__}:Weighted", "options": {"weights": str(weights)}}])
+
+    def stop(done: int, total: int) -> None:
+        if done == 40:
+            raise KeyboardInterrupt
+
+    weights.write_text("0.25")
+    with pytest.raises(KeyboardInterrupt):
+        curate(spoiled_set, out=tmp_path / "out", config=rules, progress=stop)
+    weights.write_text("0.75")
+    with pytest.raises(DataError, match="was made with scorers .*; name another folder, or remove it"):
+        curate(spoiled_set, out=tmp_path / "out", config=rules)
+    weights.write_text("0.25")
+    curate(spoiled_set, out=tmp_path / "out", config=rules)
+    assert {picture.record.scores["weighted"] for picture in read_pictures(tmp_path / "out")} == {0.25}
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path, spoiled_set: Path) -> None:

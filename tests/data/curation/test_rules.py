@@ -122,10 +122,10 @@ def test_a_picture_needs_captions(
 class Width:
     """Scores narrow pictures only; of the widest it says that they are no number."""
 
-    name = "width"
+    name, digest = "width", ""
 
     def __init__(self, *, name: str = "width") -> None:
-        self.name = name
+        self.name, self.digest = name, ""
 
     def score(self, images: Sequence[Image.Image], captions: Sequence[Sequence[Caption]]) -> list[float | None]:
         assert [len(several) for several in captions] == [1] * len(images)

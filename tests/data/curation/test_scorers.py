@@ -53,6 +53,8 @@ def test_a_scorer_is_opened_by_its_name() -> None:
 class Constant:
     """A scorer of somebody else."""
 
+    digest = ""
+
     def __init__(self, *, value: float, name: str = "constant") -> None:
         self.name, self.value = name, value
 
@@ -73,7 +75,7 @@ def test_a_class_of_ones_own_takes_its_options() -> None:
         (f"{HERE}:Missing", {}, "must hold the scorer Missing"),
         (f"{HERE}:Sharpness", {"side": 3}, "does not take these options"),
         (f"{HERE}:open_scorer", {}, "does not take these options"),
-        ("pathlib:Path", {}, "must have a name and a method score"),
+        ("pathlib:Path", {}, "must have a name, a digest of its weights .* and a method score"),
     ],
 )
 def test_what_is_no_scorer_is_refused(name: str, options: dict[str, str | bool | int | float], said: str) -> None:

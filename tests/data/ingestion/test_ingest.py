@@ -171,6 +171,31 @@ def test_captions_may_be_missing_and_are_counted(tmp_path: Path, picture_file: C
     assert (report.pictures, report.without_caption, report.refused) == (5, 4, {})
 
 
+def test_every_source_is_read_for_the_captions_that_it_has(tmp_path: Path, picture_file: Callable[..., bytes]) -> None:
+    """A folder with texts beside, a table in two languages, and one in a third way."""
+    for name in ("photos", "lists"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(picture_file(1))
+    (tmp_path / "photos" / "a.txt").write_text("a tom")
+    row = {"image": "a.png", "text": "a cat", "text_zh": "一只猫"}
+    sources = [tmp_path / "photos", as_table(tmp_path / "lists", [row], "b.csv")]
+    sources.append(as_table(tmp_path / "lists", [{"image": "a.png", "long": "a black cat"}], "c.parquet"))
+    named = tuple(map(CaptionColumn.parse, ["txt:en", "text:en", "text_zh:zh:translated", "long:en:dense"]))
+    report = ingest(sources, out=tmp_path / "out", columns=Columns(captions=named))
+    found = [[(one.text, one.kind) for one in item.record.captions] for item in read_pictures(tmp_path / "out")]
+    assert found == [
+        [("a tom", "original")],
+        [("a cat", "original"), ("一只猫", "translated")],
+        [("a black cat", "dense")],
+    ]
+    assert report.lacks == {"b.csv": ("txt", "long"), "c.parquet": ("txt", "text", "text_zh")}
+    with pytest.raises(DataError, match="b.csv has no column txt or long; it has image, text, text_zh: name that of "):
+        ingest(sources, out=tmp_path / "new", columns=Columns(captions=named[::3]))
+    with pytest.raises(DataError, match="no source has the column texte of captions"):
+        ingest(sources[1:], out=tmp_path / "new", columns=Columns(captions=(*named[1:], CaptionColumn.parse("texte"))))
+    assert not (tmp_path / "new").exists()
+
+
 def start(arguments: list[str | Path]) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-c", "from mars.cli import main; main()", "data", "ingest", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -88,10 +88,13 @@ def test_a_table_without_pictures_is_one_line(tmp_path: Path, name: str) -> None
 
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv", *TYPED])
 def test_a_column_that_is_not_there_is_one_line(tmp_path: Path, name: str) -> None:
-    path = WRITERS[name](tmp_path / name, [{"image": "a.png", "text": "a cat"}])
-    require_columns(path, columns={"image", "text"})
-    with pytest.raises(DataError, match=f"{name} has no column caption; it has image, text"):
-        require_columns(path, columns={"text", "caption"})
+    path = WRITERS[name](tmp_path / name, [{"image": "a.png", "text": "a cat", "long": "a black cat"}])
+    assert require_columns(path, columns={"image", "text"}, captions=()) == set()
+    assert require_columns(path, columns=(), captions=["long", "txt", "text"]) == {"text", "long"}
+    with pytest.raises(DataError, match=f"{name} has no column caption; it has image, text, long$"):
+        require_columns(path, columns={"text", "caption"}, captions=())
+    with pytest.raises(DataError, match=f"{name} has no column txt or caption; it has image, .*: name that of its cap"):
+        require_columns(path, columns=(), captions=["txt", "caption"])
 
 
 @pytest.mark.parametrize("name", TYPED)
@@ -140,7 +143,7 @@ def test_rows_of_other_widths_are_told(tmp_path: Path) -> None:
 def test_a_table_that_is_cut_says_so(tmp_path: Path, name: str, part: float) -> None:
     path = WRITERS[name](tmp_path / name, [{"image": bytes([index]) * 99} for index in range(150)])
     path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
-    require_columns(path, columns={"image"})
+    require_columns(path, columns={"image"}, captions=())
     *sound, last = items(path)
     assert last.problem is not None
     assert last.problem.startswith(f"damaged behind {len(sound)} items (")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from mars.data.curation.scorers import files_digest
 from mars.data.shards import Caption
 from mars.errors import ModelError
 
@@ -164,18 +165,22 @@ class Clip(nn.Module):
             raise ModelError(f"{folder} must hold a tokenizer.json that can be read: {error}") from None
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self._load(folder)
+        self.files = [folder / name for name in ("config.json", "preprocessor_config.json", "tokenizer.json")]
+        """All that it was read from."""
+        self.files += self._load(folder)
         self.eval().requires_grad_(False)
 
-    def _load(self, folder: Path) -> None:
+    def _load(self, folder: Path) -> list[Path]:
         index = folder / "model.safetensors.index.json"
         names = sorted(set(_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        files = [folder / name for name in names]
         try:
-            tensors = {name: tensor for file in names for name, tensor in load_file(folder / file).items()}
+            tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
             kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
             self.load_state_dict(kept)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"the weights in {folder} do not fit: {' '.join(str(error).split())[:300]}") from None
+        return files
 
     @torch.inference_mode()
     def images(self, images: Sequence[Image.Image]) -> Tensor:
@@ -227,6 +232,7 @@ class ClipScore:
 
     def __init__(self, *, folder: str, language: str = "en") -> None:
         self.model, self.language = Clip(Path(folder)), language
+        self.digest = files_digest(self.model.files)
 
     def score(self, images: Sequence[Image.Image], captions: Sequence[Sequence[Caption]]) -> list[float | None]:
         """One cosine each."""
@@ -261,6 +267,7 @@ class ClipAesthetic:
             self.head.load_state_dict(load_file(head))
         except (OSError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{head} must hold weight (1, {width}) and bias (1,), got: {error}") from None
+        self.digest = files_digest([*self.model.files, Path(head)])
 
     @torch.inference_mode()
     def score(self, images: Sequence[Image.Image], captions: Sequence[Sequence[Caption]]) -> list[float | None]:  # noqa: ARG002

@@ -55,11 +55,12 @@ def curate(
     out = out.expanduser().resolve()
     if out == source.expanduser().resolve():
         raise DataError(f"{out} cannot be curated onto itself; name another folder")
-    settings = {"command": "curate", "source": set_digest(source), **_settings(config)}
+    judge = Judge(config)
+    settings = {"command": "curate", "source": set_digest(source), **_settings(judge)}
     with ShardFolder(out, settings=settings, journals=("dropped", "captions")) as folder:
         judged = out / "judged"
         if not folder.finished:
-            _judge(judged, source=source, config=config, progress=progress)
+            _judge(judged, judge=judge, source=source, progress=progress)
             copies = _copies(judged, config.duplicates)
             _write(folder, judged=judged, source=source, copies=copies)
             report = Report()
@@ -72,22 +73,25 @@ def curate(
     return found
 
 
-def _settings(config: CurationConfig) -> dict[str, Any]:
-    """What decides the result; lists by their content, so that a longer one is not taken for the same."""
-    table = to_dict(config)
+def _settings(judge: Judge) -> dict[str, Any]:
+    """What decides the result; lists and weights by their content, so that others are not taken for the same."""
+    table = to_dict(judge.config)
+    table["scorers"] = [
+        {**each, "digest": scorer.digest} for each, scorer in zip(table["scorers"], judge.scorers, strict=True)
+    ]
     try:
-        table["remove"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in config.remove]
+        table["remove"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in judge.config.remove]
     except OSError as error:
         raise DataError(f"the list of what to remove {error.filename} cannot be read: {error.strerror}") from None
     return table
 
 
-def _judge(folder: Path, *, source: Path, config: CurationConfig, progress: Callable[[int, int], None] | None) -> None:
+def _judge(folder: Path, *, judge: Judge, source: Path, progress: Callable[[int, int], None] | None) -> None:
     """The first pass: files of CHUNK judgements, each of which appears whole, and `all` when there are no more."""
     if (folder / "all").is_file():
         return
     chunk = len(list(folder.glob("*.jsonl")))
-    judge, pictures = Judge(config), islice(read_pictures(source), chunk * CHUNK, None)
+    pictures = islice(read_pictures(source), chunk * CHUNK, None)
     total = set_size(source) if progress is not None else 0
     while batch := list(islice(pictures, min(BATCH, CHUNK))):
         lines: list[str] = []

@@ -1,8 +1,10 @@
 """Scores of pictures: what a scorer is, how one is opened by its name, and two that need no weights."""
 
+import hashlib
 import importlib
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import Image
 from mars.data.curation.config import ScorerConfig
 from mars.data.shards import Caption
 from mars.errors import ConfigError
+from mars.files import cache_folder, remembered
 
 SHARPNESS_SIDE = 256
 
@@ -21,6 +24,10 @@ class Scorer(Protocol):
     @property
     def name(self) -> str:
         """By which scores are stored and reported."""
+
+    @property
+    def digest(self) -> str:
+        """Of its weights (`files_digest`), empty without any: a curated set is not continued with others."""
 
     def score(self, images: Sequence[Image.Image], captions: Sequence[Sequence[Caption]]) -> list[float | None]:
         """A number for each RGB picture and its captions; None (or NaN) where it cannot be judged, and is not
@@ -42,10 +49,27 @@ def open_scorer(config: ScorerConfig) -> Scorer:
         raise ConfigError(f"the module {module} must hold the scorer {name}, but does not") from None
     except TypeError as error:
         raise ConfigError(f"the scorer {config.scorer} does not take these options: {error}") from None
-    if not isinstance(getattr(made, "name", None), str) or not callable(getattr(made, "score", None)):
-        raise ConfigError(f"the scorer {config.scorer} must have a name and a method score(images, captions)")
+    texts = (getattr(made, "name", None), getattr(made, "digest", None))
+    if not all(isinstance(text, str) for text in texts) or not callable(getattr(made, "score", None)):
+        raise ConfigError(
+            f"the scorer {config.scorer} must have a name, a digest of its weights (empty without any) and a method "
+            "score(images, captions)"
+        )
     scorer: Scorer = made
     return scorer
+
+
+def files_digest(files: Sequence[Path]) -> str:
+    """SHA-256 over what files hold; of large ones it is remembered as long as they do not change."""
+
+    def compute() -> str:
+        whole = hashlib.sha256()
+        for path in files:
+            with path.open("rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+        return whole.hexdigest()
+
+    return remembered(files, compute, cache=cache_folder(), what="digest of a scorer")
 
 
 class Colourfulness:
@@ -54,7 +78,7 @@ class Colourfulness:
     Hasler and Süsstrunk (2003), "Measuring colourfulness in natural images", the measure M(3).
     """
 
-    name = "colourfulness"
+    name, digest = "colourfulness", ""
 
     def score(self, images: Sequence[Image.Image], captions: Sequence[Sequence[Caption]]) -> list[float | None]:  # noqa: ARG002
         """Captions do not matter."""
@@ -74,7 +98,7 @@ class Sharpness:
     Pech-Pacheco et al. (2000), "Diatom autofocusing in brightfield microscopy". Smaller pictures are not enlarged.
     """
 
-    name = "sharpness"
+    name, digest = "sharpness", ""
 
     def score(self, images: Sequence[Image.Image], captions: Sequence[Sequence[Caption]]) -> list[float | None]:  # noqa: ARG002
         """Captions do not matter."""

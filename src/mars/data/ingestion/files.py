@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mars.data.ingestion.decoding import MAX_BYTES
-from mars.data.ingestion.items import PICTURE_SUFFIXES, TEXT_SUFFIXES, Item, Part, guarded, suffix_of
+from mars.data.ingestion.items import METADATA, PICTURE_SUFFIXES, TEXT_SUFFIXES, Item, Part, guarded, suffix_of
 from mars.errors import DataError
 
 _END_MARK = 1024
@@ -40,14 +40,15 @@ def folder_parts(root: Path) -> Iterator[Part]:
     """The folders of a tree of picture files, each a part."""
 
     def part(below: str, entries: list[os.DirEntry[str]]) -> Part:
-        return lambda: _pictures_of(below, entries)
+        return lambda: pictures_of(below, entries)
 
     for below, entries in files_below(root):
         if entries:
             yield part(below, entries)
 
 
-def _pictures_of(below: str, entries: list[os.DirEntry[str]]) -> Iterator[Item]:
+def pictures_of(below: str, entries: list[os.DirEntry[str]]) -> Iterator[Item]:
+    """The pictures of one folder with the texts beside them, by name."""
     texts: dict[str, dict[str, bytes | Path]] = {}
     pictures = set()
     for entry in entries:
@@ -63,6 +64,8 @@ def _pictures_of(below: str, entries: list[os.DirEntry[str]]) -> Iterator[Item]:
                 yield Item(name=name, problem="no picture of this name")
         elif not entry.is_file():
             yield Item(name=name, problem="not a file (or a link to a folder or to nothing)")
+        elif entry.name in METADATA:
+            yield Item(name=name, problem="metadata without a column file_name")
         elif suffix and suffix not in PICTURE_SUFFIXES:
             yield Item(name=name, problem=f"not a picture of a kind that is read (.{suffix})")
         else:

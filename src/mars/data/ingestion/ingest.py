@@ -28,6 +28,8 @@ class IngestReport:
     without_caption: int
     refused: dict[str, int]
     """How many for which reason, the most frequent first."""
+    lacks: dict[str, tuple[str, ...]]
+    """Columns of captions that were named and that a source does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,8 @@ def ingest(
     names = Counter(source.name for source in opened)
     if twice := [name for name, count in names.items() if count > 1]:
         raise DataError(f"sources must have different names, got {twice[0]} twice; keys are made from them")
+    if absent := set(columns.caption_names).intersection(*(source.lacks for source in opened)):
+        raise DataError(f"no source has the column {min(absent)} of captions; leave it out or spell it as they do")
     for path in sources:
         if out.resolve().is_relative_to(path.resolve()):
             raise DataError(f"shards must lie outside their source, got {out} in {path}; name another folder")
@@ -78,7 +82,7 @@ def ingest(
     with ShardFolder(out, settings=settings, max_pictures=max_pictures, max_bytes=max_bytes) as folder:
         if not folder.finished:
             _fill(folder, opened, columns=columns, workers=workers, progress=progress)
-        return _report(folder)
+        return _report(folder, lacks={source.name: source.lacks for source in opened if source.lacks})
 
 
 def _fill(
@@ -127,7 +131,7 @@ def _look(task: _Task, *, columns: Columns) -> Picture | str:
     return picture_of(task.item, source=task.source, columns=columns)
 
 
-def _report(folder: ShardFolder) -> IngestReport:
+def _report(folder: ShardFolder, *, lacks: dict[str, tuple[str, ...]]) -> IngestReport:
     reasons = Counter[str]()
     with (folder.path / "quarantine.jsonl").open("rb") as lines:
         for line in lines:
@@ -137,4 +141,5 @@ def _report(folder: ShardFolder) -> IngestReport:
         shards=len(folder.shards),
         without_caption=folder.consumed["without_caption"],
         refused=dict(reasons.most_common()),
+        lacks=lacks,
     )

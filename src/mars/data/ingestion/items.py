@@ -14,6 +14,8 @@ from mars.errors import DataError
 
 PICTURE_SUFFIXES = frozenset({"png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff"})
 TEXT_SUFFIXES = frozenset({"txt", "caption", "json"})
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""Tables beside pictures, as Hugging Face `datasets` calls them."""
 
 
 @dataclass(frozen=True, kw_only=True)

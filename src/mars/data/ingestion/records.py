@@ -77,14 +77,19 @@ class Columns:
             raise RequestError(f"--column must be ROLE=NAME with a role of {', '.join(_ROLES)}, got {unknown[0]}")
 
     @property
-    def named(self) -> set[str]:
-        """Columns that somebody asked for."""
-        return {*self.roles.values(), *self.scores, *(one.column for one in self.captions)}
+    def required(self) -> set[str]:
+        """Columns that every table must have."""
+        return {*self.roles.values(), *self.scores}
+
+    @property
+    def caption_names(self) -> tuple[str, ...]:
+        """Columns of captions that were named; a source has one of them at least."""
+        return tuple(dict.fromkeys(one.column for one in self.captions))
 
     @property
     def wanted(self) -> set[str]:
         """All columns that are looked at, but for those of pictures."""
-        return {*self.named, *_CAPTIONS, "scores"}.union(*_ROLES.values())
+        return {*self.required, *self.caption_names, *_CAPTIONS, "scores"}.union(*_ROLES.values())
 
 
 def picture_of(item: Item, *, source: str, columns: Columns) -> Picture | str:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mars.data.ingestion.files import files_below, folder_parts, tar_part
+from mars.data.ingestion.image_folder import ImageFolder, metadata_tables
 from mars.data.ingestion.items import PICTURE_SUFFIXES, Part, suffix_of
 from mars.data.ingestion.records import Columns
-from mars.data.ingestion.tables import TABLE_SUFFIXES, require_columns, saved_tables, table_part
+from mars.data.ingestion.tables import TABLE_SUFFIXES, require_columns, saved_tables, split_of, table_part
 from mars.errors import DataError
 
 _TARS = (".tar", ".tar.gz", ".tgz")
@@ -25,16 +26,18 @@ class Source:
     parts: Callable[[], Iterator[Part]]
     listing: str
     """A digest of the names and sizes of its files: a run goes on only where it is the same."""
+    lacks: tuple[str, ...] = ()
+    """Columns of captions that were named and that its tables do not have."""
 
 
 def open_source(path: Path, *, columns: Columns) -> Source:
     """Finds out what lies at `path`; nothing but names and the heads of tables is read.
 
     It is a table, a tar, a folder of tables or of tars at any depth, a folder that Hugging Face `datasets` saved to
-    disk, or a folder of picture files with text beside them.
+    disk, or a folder of picture files with text or tables of metadata beside them.
 
     Raises:
-        DataError: if it is none of these, or more than one, or lacks a column that was named.
+        DataError: if it is none of these, or more than one, or lacks a column that was named, or all those of captions.
     """
     path = Path(os.path.abspath(path.expanduser()))  # noqa: PTH100 - links keep the names that people gave them
     listing = hashlib.sha256()
@@ -49,13 +52,16 @@ def open_source(path: Path, *, columns: Columns) -> Source:
             others += 1
     describe = partial(Source, name=path.name, listing=listing.hexdigest())
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return describe(parts=_tables(list(saved_tables(path)), root=path, columns=columns))
+        return _tables(describe, list(saved_tables(path)), root=path, columns=columns)
     if path.is_dir() and pictures and found["tar"]:
         raise DataError(f"{path} holds both pictures and tars ({found['tar'][0].name}); name the one or the other")
     if found["tar"]:
         return describe(parts=lambda: (_tar(each, root=path, columns=columns) for each in found["tar"]))
     if found["table"] and not pictures:
-        return describe(parts=_tables([(each, {}) for each in found["table"]], root=path, columns=columns))
+        tables = [(each, split_of(_below(each, path)) if each != path else {}) for each in found["table"]]
+        return _tables(describe, tables, root=path, columns=columns)
+    if metadata := metadata_tables(found["table"]):
+        return describe(parts=ImageFolder(path, metadata, columns=columns).parts)
     if path.is_dir() and others:
         return describe(parts=lambda: folder_parts(path))
     what = "is empty" if path.is_dir() else "is neither a tar nor a table"
@@ -95,13 +101,16 @@ def _tar(path: Path, *, root: Path, columns: Columns) -> Part:
     return tar_part(path, name=_below(path, root), image=columns.roles.get("image"))
 
 
-def _tables(tables: list[tuple[Path, dict[str, Any]]], *, root: Path, columns: Columns) -> Callable[[], Iterator[Part]]:
+def _tables(
+    describe: Callable[..., Source], tables: list[tuple[Path, dict[str, Any]]], *, root: Path, columns: Columns
+) -> Source:
+    there = set[str]()
     for path, _ in tables:
-        require_columns(path, columns=columns.named)
+        there |= require_columns(path, columns=columns.required, captions=columns.caption_names)
 
     def parts() -> Iterator[Part]:
         image = columns.roles.get("image")
         for path, more in tables:
             yield table_part(path, name=_below(path, root), image=image, wanted=columns.wanted, more=more)
 
-    return parts
+    return describe(parts=parts, lacks=tuple(name for name in columns.caption_names if name not in there))

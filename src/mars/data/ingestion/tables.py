@@ -6,6 +6,7 @@ The picture is bytes, the path of a file in the table's folder, or both as `{"by
 import csv
 import json
 import os
+import re
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
@@ -22,6 +23,13 @@ _BLANK = ""
 """In place of a row: nothing is there."""
 _ROWS = 64
 """Of an Arrow table in memory as Python objects."""
+_SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}\b.*")
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""Words in names, and the splits that they mean: `data_files.py` of `datasets`."""
 
 
 def table_part(path: Path, *, name: str, image: str | None, wanted: Collection[str], more: dict[str, Any]) -> Part:
@@ -62,22 +70,39 @@ def _image_column(row: dict[str, Any], *, path: Path) -> str:
     raise DataError(f"{path} has no column of pictures that is known; say which with --column image=NAME")
 
 
-def require_columns(path: Path, *, columns: Collection[str]) -> None:
+def require_columns(path: Path, *, columns: Collection[str], captions: Collection[str]) -> set[str]:
     """Looks at the head of a table for columns that were named.
 
+    Args:
+        columns: all of which must be there.
+        captions: one of which must be there, if any is named.
+
+    Returns:
+        The `captions` that are there; of JSON lines, where every row may have other columns, and of a table that is
+        damaged, which is told when it is read, all of them.
+
     Raises:
-        DataError: if one of them is not there.
+        DataError: if something is not there.
     """
     try:
         found = _columns(path)
     except (OSError, ValueError, csv.Error):
-        return  # a table that is damaged is told when it is read
-    if found and (missing := sorted(set(columns) - set(found))):
+        found = []
+    if not found:
+        return {*captions}
+    if missing := sorted(set(columns) - set(found)):
         raise DataError(f"{path} has no column {missing[0]}; it has {', '.join(found)}")
+    there = set(captions) & set(found)
+    if captions and not there:
+        raise DataError(
+            f"{path} has no column {' or '.join(captions)}; it has {', '.join(found)}: name that of its captions too, "
+            "with --caption"
+        )
+    return there
 
 
 def _columns(path: Path) -> list[str]:
-    """None for JSON lines, where every row may have others."""
+    """None of JSON lines."""
     match suffix_of(path.name):
         case "parquet":
             import pyarrow.parquet as pq
@@ -90,6 +115,32 @@ def _columns(path: Path) -> list[str]:
                 return next(csv.reader(file, delimiter=_delimiter(path)), [])
         case _:
             return []
+
+
+def head_of(path: Path) -> list[str]:
+    """The columns of a table; of JSON lines those of the first row.
+
+    Raises:
+        OSError, ValueError, csv.Error: if it cannot be read.
+    """
+    if found := _columns(path):
+        return found
+    return list(next((row for row in _rows(path, wanted=set()) if isinstance(row, dict)), {}))
+
+
+def split_of(name: str) -> dict[str, str]:
+    """The split of a table's rows as a field of theirs, where the table's name below its source says one.
+
+    `data/NAME-00000-of-00012.parquet` is of the split NAME; else the first word of its folders, then of its own name,
+    that means a split decides.
+    """
+    folders, _, file = name.rpartition("/")
+    if shard := _SHARD.fullmatch(file):
+        return {"split": shard[1]}
+    for word in re.split(r"[-._ 0-9/]+", f"{folders}/{file}"):
+        if word in _SPLITS:
+            return {"split": _SPLITS[word]}
+    return {}
 
 
 def _picture(value: Any, *, folder: Path) -> bytes | Path:
