@@ -35,7 +35,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     kept = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with whole_file(path, error=CheckpointError) as partial:
         try:
-            save_file(kept, partial, metadata=dict(metadata or {}))
+            save_file(kept, partial, metadata=dict(metadata) if metadata else None)  # {} and no tensors: unreadable
         except SafetensorError as error:
             raise OSError(str(error)) from error
         partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files their owner's alone

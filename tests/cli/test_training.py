@@ -1,7 +1,6 @@
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import nan
@@ -13,21 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mars import cli
 from mars.checkpoint import load_image_tokenizer, load_model
 from mars.cli.progress import Report
 from mars.cli.training import draw_samples, start_training
 from mars.training.meters import Pace
 from mars.training.tasks import Drawing, TextToImage
 from mars.training.trainer import Trainer
+from tests.cli.conftest import Run
+from tests.conftest import toml
 
 Train = Callable[..., tuple[int, str]]
-
-
-def toml(table: dict[str, Any], section: str = "") -> str:
-    lines = [f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, dict)]
-    tables = [(f"{section}{key}", value) for key, value in table.items() if isinstance(value, dict)]
-    return "\n".join([*lines, *(f"[{name}]\n{toml(value, f'{name}.')}" for name, value in tables)])
 
 
 @pytest.fixture
@@ -40,19 +34,13 @@ def config(stage: Callable[..., dict[str, Any]], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Train:
+def train(run: Run) -> Train:
     """Runs `mars train ARGUMENTS`; returns the exit code and standard error."""
 
     def ran(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["mars", "train", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        return code, captured.err
+        code, out, err = run("train", *arguments)
+        assert out == ""
+        return code, err
 
     return ran
 
@@ -211,7 +199,7 @@ def test_a_second_signal_does_not_wait(train: Train, config: Path, monkeypatch: 
 
 def test_an_adapter_is_trained_drawn_with_and_refused_by_another_model(
     train: Train,
-    run: Callable[..., tuple[int, str, str]],
+    run: Run,
     stage: Callable[..., dict[str, Any]],
     tiny_model: Path,
     even_model: Path,

@@ -19,19 +19,16 @@ from torch.distributed.tensor import DTensor
 
 from mars.adapter import read_adapter
 from mars.checkpoint import load_model
-from mars.config import from_dict
 from mars.errors import CheckpointError, ConfigError, TrainingError
 from mars.model.transformer import MarsTransformer, is_language, read_prefixes
 from mars.sequence.layout import drawn_image, read_image, text_segment
 from mars.training.cross_entropy import token_loss
 from mars.training.distributed import ShardedProcess, join
 from mars.training.losses import captioning_loss
-from mars.training.process import Process
-from mars.training.stages import StageConfig
-from mars.training.trainer import Trainer
 from mars.training.upscale import upscale_loss
+from tests.conftest import toml
+from tests.training.conftest import Stage, start, steps
 
-Stage = Callable[..., dict[str, Any]]
 ADAMW = {"name": "adamw", "learning_rate": 3e-3, "warmup": 2}
 MUON = {"name": "muon", "learning_rate": 3e-3, "matrix_rate": 0.03, "warmup": 2, "average": 0.9}
 SEMVIE = {"share_norms": False, "duplicate_output": False, "visual_layers": [0, 2]}
@@ -43,14 +40,6 @@ def process(tmp_path: Path) -> Iterator[ShardedProcess]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/.store", rank=0, world_size=1)
     yield ShardedProcess(torch.device("cpu"))
     dist.destroy_process_group()
-
-
-def start(table: dict[str, Any], process: Process | None = None) -> Trainer:
-    return Trainer(from_dict(StageConfig, table), process=process)
-
-
-def steps(trainer: Trainer, count: int) -> list[dict[str, float]]:
-    return [trainer.train_step() for _ in range(count)]
 
 
 def close(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> bool:
@@ -336,13 +325,6 @@ def test_a_checkpoint_is_continued_by_another_number_of_processes(
     assert all(torch.allclose(found[name], wanted[name], atol=1e-4) for name in wanted)
 
 
-def toml(value: Any) -> str:
-    """A value as TOML writes it in one line."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name} = {toml(one)}" for name, one in value.items()) + "}"
-    return json.dumps(value)
-
-
 def log_of(folder: Path) -> list[dict[str, float]]:
     """Losses and norms that a run logged."""
     lines = (folder / "log.jsonl").read_text("utf-8").splitlines()
@@ -354,7 +336,7 @@ def log_of(folder: Path) -> list[dict[str, float]]:
 
 def write_config(path: Path, table: dict[str, Any]) -> Path:
     """A configuration file."""
-    path.write_text("\n".join(f"{key} = {toml(value)}" for key, value in table.items()), "utf-8")
+    path.write_text(toml(table), "utf-8")
     return path
 
 

@@ -28,9 +28,9 @@ from mars.training.optim import Average, build_optimizers, optimizer_tensors, ra
 from mars.training.process import Process, choose_device, has_fast_bf16
 from mars.training.product import product_of
 from mars.training.runlog import RunLog
-from mars.training.runstate import continue_from, read_state, write_state
+from mars.training.runstate import continue_from, fixed_values, read_state, write_state
 from mars.training.setup import open_stage
-from mars.training.stages import StageConfig
+from mars.training.stages import FREE, StageConfig
 from mars.training.task import Task, TaskContext
 from mars.training.tasks import TaskMix
 
@@ -77,6 +77,7 @@ class Trainer:
                 text_tokenizer=opened.text_tokenizer,
                 loader=opened.loader,
                 held_out=opened.held_out,
+                documents=opened.documents,
             )
         )
         if config.batch_size < config.accumulate * self.process.world:
@@ -93,16 +94,8 @@ class Trainer:
         self.step = 0
         self.skipped = 0
         """Steps in a row whose numbers were not finite, up to now."""
-        self.fixed: dict[str, int | str] = {
-            "optimizer": config.optimizer.name,
-            "seed": config.seed,
-            "batch_size": config.batch_size,
-            "image_tokenizer": opened.loader.image_tokenizer,
-            "pictures": len(opened.loader),
-            "lora": "none" if config.lora is None else json.dumps(asdict(config.lora)),
-            "upscale": json.dumps(asdict(config.upscale)) if "upscale" in config.mix else "none",
-        }
-        """What decides the samples of each step; steps, rates and shares may change in a run that is continued."""
+        self.fixed = fixed_values(config, free=FREE) | {"tasks": config.mix} | opened.contents
+        """What a run that is continued must share, by the names of the configuration."""
         self.checkpoints = Checkpoints(config.out, keep=config.keep, process=self.process)
         newest = self.process.decide(lambda: self.checkpoints.newest(notify=self.notify))
         if newest is not None:
