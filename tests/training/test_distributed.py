@@ -1,6 +1,7 @@
 """Several processes give what one gives. A group of one process runs here, groups of two under torchrun."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -353,6 +354,43 @@ def test_the_command_under_torchrun_leaves_what_one_process_leaves(stage: Stage,
         assert names[0] == names[1]
     found, wanted = (load_model(tmp_path / name / "model").transformer.visual_tensors() for name in ("two", "one"))
     assert all(torch.allclose(found[name], wanted[name], atol=2e-3) for name in wanted)  # fp16
+
+
+SPOILED = """
+import json, sys, torch
+from mars.config import from_dict
+from mars.training.distributed import join
+from mars.training.stages import StageConfig
+from mars.training.tasks import TextToImage
+from mars.training.trainer import Trainer
+
+learned = TextToImage.losses
+with join(torch.device("cpu")) as process:
+    trainer = Trainer(from_dict(StageConfig, json.loads(sys.argv[1])), process=process)
+
+    def losses(task, batch):
+        found = learned(task, batch)
+        return found | {"total": found["total"] * (torch.nan if process.rank and trainer.step else 1)}
+
+    TextToImage.losses = losses
+    trainer.train()
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_one_process_spoils_ends_with_the_batches_of_all(stage: Stage, tmp_path: Path) -> None:
+    table = stage(tasks={"text_to_image": 1.0}, max_skipped=2)
+    (tmp_path / "script.py").write_text(SPOILED, "utf-8")
+    with torchrun(tmp_path / "script.py", json.dumps(table)) as started:
+        _, err = started.communicate(timeout=300)
+    assert started.returncode
+    assert f"2 steps in a row; the batch is in {tmp_path / 'run' / 'skipped-step-000002-rank-*.json'}" in err
+    parts = [json.loads(path.read_text("utf-8")) for path in sorted((tmp_path / "run").glob("skipped-*"))]
+    values = [part["values"] for part in parts]
+    assert [math.isfinite(one["text_to_image/total"]) for one in values] == [True, False]  # whose it was
+    assert not any(math.isfinite(one["gradient_norm"]) for one in values)
+    whole = [one.codes.tolist() for one in start(table | {"out": str(tmp_path / "alone")}).mix.draw(2)[1]]
+    assert [[one["codes"] for one in part["examples"]] for part in parts] == [whole[0::2], whole[1::2]]
 
 
 @pytest.mark.slow

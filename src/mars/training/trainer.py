@@ -4,7 +4,7 @@ RUN/checkpoints/   what a run continues from (`training.checkpoints`); RUN/last 
 RUN/model/         the finished model, fp16; or RUN/adapter/, if an adapter was trained
 RUN/log.jsonl      numbers, and RUN/tensorboard/ where the package is installed
 RUN/samples/       pictures
-RUN/skipped-step-000123.json   the batch after which a run gave up
+RUN/skipped-step-000123.json   the batch after which a run gave up; with `-rank-N`, what process N had of it
 """
 
 import json
@@ -170,11 +170,12 @@ class Trainer:
                 group["lr"] = group["peak"] * rate
         task, batch = self.mix.draw(self.step)
         torch.manual_seed(config.seed * 1_000_003 + self.step)  # for dropout in adapters
-        values = self._backward(task, batch, pace=pace)
+        own = self._backward(task, batch, pace=pace)
+        values = process.sum(own)
         values["gradient_norm"] = process.clip(self.weights.values(), limit=config.optimizer.clip)
         broken = {name: value for name, value in values.items() if not math.isfinite(value)}
         if broken:
-            self._skip(task, batch, broken)
+            self._skip(task, batch, broken, own)
         else:
             self.skipped = 0
             for optimizer in self.optimizers:
@@ -185,7 +186,7 @@ class Trainer:
         return values | {"skipped": float(bool(broken))}
 
     def _backward(self, task: Task[Any], batch: Sequence[Any], *, pace: Pace | None) -> dict[str, float]:
-        """Leaves the gradients of a batch in the weights, part by part; returns its losses."""
+        """Leaves the gradients of a batch in the weights, part by part; returns this process's share of its losses."""
         process, count = self.process, self.config.accumulate
         whole = process.sum({"targets": task.targets(batch)})["targets"]
         parts = [batch[part::count] for part in range(count)]
@@ -202,28 +203,38 @@ class Trainer:
                 sums[name] = sums.get(name, torch.zeros_like(value.detach())) + share * value.detach()
             if pace is not None:
                 pace.add(images=len(part), tokens=task.targets(part), flops=task.flops(part))
-        return process.sum({name: float(value) for name, value in sums.items()})
+        return {name: float(value) for name, value in sums.items()}
 
     def _autocast(self) -> torch.autocast:
         enabled = self.dtype is torch.bfloat16
         return torch.autocast(self.process.device.type, dtype=torch.bfloat16, enabled=enabled)
 
-    def _skip(self, task: Task[Any], batch: Sequence[Any], broken: Mapping[str, float]) -> None:
-        """Counts a step whose numbers are not finite, and gives up after too many in a row."""
+    def _skip(
+        self, task: Task[Any], batch: Sequence[Any], broken: Mapping[str, float], own: Mapping[str, float]
+    ) -> None:
+        """Counts a step whose numbers are not finite, and gives up after too many in a row.
+
+        Each process then stores its part of the batch with its `own` share of the losses, which tells whose it was.
+        """
         self.skipped += 1
         name, value = next(iter(broken.items()))
         found = f"{name} must be finite, got {value} at step {self.step}"
         if self.skipped < self.config.max_skipped:
             self.notify(f"{found}; the step is skipped")
             return
-        path = self.config.out / f"skipped-step-{self.step:06d}.json"
-        examples = [asdict(example) for example in batch]
-        if self.process.is_main:
+        stem, many = f"skipped-step-{self.step:06d}", self.process.world > 1
+        path = self.config.out / (f"{stem}-rank-{self.process.rank}.json" if many else f"{stem}.json")
+        table = {"step": self.step, "task": task.name, "values": {**broken, **own}}
+        table["examples"] = [asdict(example) for example in batch]
+        told = f"the batch is in {self.config.out / f'{stem}-rank-*.json' if many else path}"
+        try:
             with whole_file(path, error=TrainingError) as partial:
-                table = {"step": self.step, "task": task.name, "values": broken, "examples": examples}
                 partial.write_text(json.dumps(table, default=Tensor.tolist) + "\n", "utf-8")
+        except TrainingError as error:
+            told = str(error)
+        self.process.any(True)
         rest = continue_from(self.checkpoints.last)
-        raise TrainingError(f"{found}, and so were {self.skipped} steps in a row; the batch is in {path}; {rest}")
+        raise TrainingError(f"{found}, and so were {self.skipped} steps in a row; {told}; {rest}")
 
     @torch.no_grad()
     def held_out_loss(self) -> float | None:
