@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all."""
 
 import errno
+import glob
 import hashlib
 import os
 import secrets
@@ -68,6 +69,14 @@ def recover_folder(path: Path) -> None:
     """Puts back what a process that was killed between the two moves of `atomic_folder` had moved aside."""
     if _aside(path).is_dir() and not path.exists():
         os.replace(_aside(path), path)
+
+
+def tidy_folder(path: Path) -> None:
+    """Removes what processes that were killed inside `atomic_folder` left beside a path, and puts back what they had
+    moved aside: for paths that nobody else is writing to."""
+    recover_folder(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _put(new: Path, path: Path) -> None:

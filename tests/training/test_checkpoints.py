@@ -90,6 +90,25 @@ def test_a_damaged_one_is_told_and_the_one_before_it_is_used(checkpoints: Checkp
     assert newest(checkpoints) == ("step-000002", [])
 
 
+@pytest.mark.parametrize("scores", [(5.0, 3.0, 4.0), (None, 3.0, None)], ids=["another", "none"])
+def test_a_damaged_one_is_not_the_best(checkpoints: Checkpoints, scores: tuple[float | None, ...]) -> None:
+    for step, score in enumerate(scores, start=1):
+        save(checkpoints, step, score=score)
+    assert (checkpoints.run / "best").readlink().name == "step-000002"
+    (checkpoints.at(2) / "weights").write_text("of another step", "utf-8")
+    name, said = newest(checkpoints)
+    assert name == "step-000003"
+    assert len(said) == 1
+    assert f"checkpoint {checkpoints.at(2)} cannot be used, another one is the best: " in said[0]
+    for step in (4, 5, 6):
+        if scores[0] is None:
+            assert not (checkpoints.run / "best").is_symlink()
+        else:
+            assert (checkpoints.run / "best").readlink().name == "step-000003"
+        save(checkpoints, step, score=None if scores[0] is None else 9.0)
+    assert checkpoints.steps() == ([5, 6] if scores[0] is None else [3, 5, 6])
+
+
 def test_a_save_that_fails_leaves_everything_as_it_was(checkpoints: Checkpoints) -> None:
     save(checkpoints, 1)
     with (

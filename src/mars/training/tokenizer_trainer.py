@@ -22,7 +22,7 @@ from mars.checkpoint import (
 )
 from mars.data.shards import read_pictures, shard_paths
 from mars.errors import ConfigError, DataError
-from mars.files import atomic_folder, recover_folder
+from mars.files import atomic_folder, tidy_folder
 from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.image_tokenizer.losses import (
     PatchDiscriminator,
@@ -177,7 +177,7 @@ class TokenizerTrainer:
         self.fixed = fixed_values(config, free=FREE) | {"data": files_digest(shards)}
         """What a run that is continued must share."""
         self.last = config.out / "last"
-        recover_folder(self.last)
+        tidy_folder(self.last)
         if self.last.is_dir():
             self._resume()
 

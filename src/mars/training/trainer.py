@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from mars.errors import ConfigError, TrainingError
-from mars.files import whole_file
+from mars.files import tidy_folder, whole_file
 from mars.training.checkpoints import Checkpoints
 from mars.training.meters import Meter, Pace, measured_peak, peak_memory
 from mars.training.optim import Average, build_optimizers, optimizer_tensors, rate_at, restore_optimizers
@@ -97,7 +97,7 @@ class Trainer:
         self.fixed = fixed_values(config, free=FREE) | {"tasks": config.mix} | opened.contents
         """What a run that is continued must share, by the names of the configuration."""
         self.checkpoints = Checkpoints(config.out, keep=config.keep, process=self.process)
-        newest = self.process.decide(lambda: self.checkpoints.newest(notify=self.notify))
+        newest = self.process.decide(self._newest)
         if newest is not None:
             self._resume(newest)
 
@@ -278,6 +278,11 @@ class Trainer:
         weights = self.process.whole(self.average.values if self.average is not None else self.weights)
         if self.process.is_main:
             self.product.write(folder, weights, dtype=dtype)
+
+    def _newest(self) -> Path | None:
+        """The checkpoint to continue from; what a killed process left half written is removed."""
+        tidy_folder(self.config.out / self.product.name)
+        return self.checkpoints.newest(notify=self.notify)
 
     def _resume(self, folder: Path) -> None:
         step, progress = read_state(folder, fixed=self.fixed)
