@@ -90,6 +90,19 @@ def test_a_model_that_is_open_is_adapted_as_one_that_is_opened_so(
     assert torch.equal(codes_logits(off), codes_logits(load_model(tiny_model).transformer))
 
 
+def test_a_base_that_is_stored_in_fp32_is_not_changed(
+    tiny_model: Path, tmp_path: Path, write: Callable[..., tuple[Path, MarsTransformer]]
+) -> None:
+    """As the checkpoints of a run are; its file is mapped into memory."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    file = base / "visual.safetensors"
+    save_file({name: tensor.float() for name, tensor in load_file(file).items()}, file)
+    before = file.read_bytes()
+    folder, transformer = write(base)
+    assert torch.allclose(codes_logits(load_adapted(base, folder).transformer), codes_logits(transformer), atol=1e-4)
+    assert file.read_bytes() == before
+
+
 def test_another_scale_or_adapter_is_another_digest(
     tiny_model: Path, write: Callable[..., tuple[Path, MarsTransformer]]
 ) -> None:
@@ -106,7 +119,7 @@ def test_rounding_comes_after_merging(
 ) -> None:
     folder, _ = write(even_model)
     stored = read_tensors(even_model / "visual.safetensors")
-    wanted = merged(stored, read_adapter(folder))["layers.1.visual.q_proj.weight"].float()
+    wanted = dict(merged(stored, read_adapter(folder)))["layers.1.visual.q_proj.weight"].float()
     transformer = load_adapted(even_model, folder, precision=precision).transformer
     layer = transformer.get_submodule("layers.1.visual.q_proj")
     assert isinstance(layer, QuantizedLinear)

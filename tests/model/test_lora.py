@@ -61,7 +61,7 @@ def test_a_merged_adapter_gives_what_the_adapter_gives(
     wanted = codes_logits(transformer)
     assert not torch.allclose(wanted, before, atol=1e-2)
     visual = plain.visual_tensors()
-    for name, weight in merged(visual, adapter_of(lora_tensors(transformer), LoraConfig(rank=3, alpha=5.0))).items():
+    for name, weight in merged(visual, adapter_of(lora_tensors(transformer), LoraConfig(rank=3, alpha=5.0))):
         visual[name].data.copy_(weight)
     assert torch.allclose(codes_logits(plain), wanted, atol=1e-4)
 
@@ -71,7 +71,7 @@ def test_scale_is_how_much_of_the_difference_is_added(scale: float) -> None:
     weight, a, b = torch.randn(6, 5), torch.randn(2, 5), torch.randn(6, 2)
     adapter = Adapter(name="x", pairs={"layers.0.visual.q_proj": (a, b)}, scale=4.0, base_digest=None)
     visual = {"layers.0.visual.q_proj.weight": weight}
-    after = merged(visual, adapter, scale=scale)["layers.0.visual.q_proj.weight"]
+    ((_, after),) = merged(visual, adapter, scale=scale)
     assert torch.allclose(after, weight + scale * 4 * b @ a, atol=1e-6)
 
 
@@ -80,7 +80,7 @@ def test_halves_are_merged_in_fp32_and_stay_halves() -> None:
     small = torch.full((1, 1), 2.0**-7, dtype=torch.float16)  # whose square would vanish beside 1 in 16 bits
     pairs = {"layers.0.visual.q_proj": (small, small)}
     adapter = Adapter(name="x", pairs=pairs, scale=32.0, base_digest=None)
-    after = merged({"layers.0.visual.q_proj.weight": weight}, adapter)["layers.0.visual.q_proj.weight"]
+    ((_, after),) = merged({"layers.0.visual.q_proj.weight": weight}, adapter)
     assert after.dtype is torch.float16
     assert float(after) == pytest.approx(1 + 32 * 2**-14, abs=2**-11)
 
