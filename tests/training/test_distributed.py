@@ -22,9 +22,11 @@ from mars.adapter import read_adapter
 from mars.checkpoint import load_model
 from mars.errors import CheckpointError, ConfigError, TrainingError
 from mars.model.transformer import MarsTransformer, is_language, read_prefixes
+from mars.sequence.interleaved import ImagePart, TextPart, interleaved
 from mars.sequence.layout import drawn_image, read_image, text_segment
 from mars.training.cross_entropy import token_loss
 from mars.training.distributed import ShardedProcess, join
+from mars.training.interleaved import interleaved_losses
 from mars.training.losses import captioning_loss
 from mars.training.upscale import upscale_loss
 from tests.conftest import toml
@@ -119,8 +121,16 @@ def upscale(transformer: MarsTransformer) -> Tensor:
     return upscale_loss(transformer, CODES, torch.arange(96).view(4, 4, 6) % 64, prefixes, side=2)
 
 
+def story(transformer: MarsTransformer) -> Tensor:
+    """Text, image, text that predicts an image, image: the frozen head is passed, and its logits made again."""
+    image = ImagePart(codes_RC=CODES[0])
+    parts = [TextPart(ids=(1, 5)), image, TextPart(ids=(6, 7)), image]
+    losses = interleaved_losses(transformer, interleaved([parts] * 2, transformer.vocabulary, end=2))
+    return losses["total"] + losses["begin_image_loss"]
+
+
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("loss", [caption, edit, upscale])
+@pytest.mark.parametrize("loss", [caption, edit, upscale, story])
 def test_gradients_come_back_through_every_layout(
     stage: Stage, process: ShardedProcess, loss: Callable[[MarsTransformer], Tensor], recompute: bool
 ) -> None:
