@@ -79,6 +79,13 @@ def test_sharding_changes_no_loss(
     assert close(steps(trainer, 8), wanted)
 
 
+def test_sharding_frozen_weights_of_bf16_changes_little(stage: Stage, process: ShardedProcess) -> None:
+    table = stage(precision="bf16", optimizer=ADAMW)
+    wanted, found = steps(start(table), 6), steps(start(table, process), 6)
+    for one, other in zip(found, wanted, strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
 def test_an_adapter_that_is_trained_sharded_is_the_same(
     stage: Stage, process: ShardedProcess, tiny_model: Path, tmp_path: Path
 ) -> None:

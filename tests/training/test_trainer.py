@@ -1,11 +1,13 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 from mars.checkpoint import load_model, read_json
 from mars.config import from_dict
@@ -48,6 +50,31 @@ def test_products_in_bf16_give_nearly_the_same_losses_and_leave_all_weights_in_f
         assert one == pytest.approx(other, rel=0.1)
     assert {weight.dtype for weight in visual(halves).values()} == {torch.float32}
     assert {value.dtype for value in slots(halves).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_frozen_matrices_are_kept_in_bf16_where_products_are_and_no_loss_changes(
+    stage: Stage, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, lora: dict[str, Any] | None
+) -> None:
+    table = stage(precision="bf16", lora=lora)
+    if lora:
+        table["model"] = {"start_from": str(tiny_model)}
+    halves = start(table)
+    frozen = [
+        name
+        for name, part in halves.transformer.named_modules()
+        if isinstance(part, nn.Linear) and part.weight.dtype is torch.bfloat16
+    ]
+    assert len(frozen) == 3 * 7 + (2 * 7 + 2 if lora else 0)
+    assert {weight.dtype for weight in halves.weights.values()} == {torch.float32}
+    found = steps(halves, 6)
+    halves.save()
+    again = start(table)
+    monkeypatch.setattr(module, "halve_frozen", lambda _: None)
+    whole = start(table | {"out": f"{table['out']}-whole"})
+    assert found == steps(whole, 6)
+    assert steps(again, 4) == steps(whole, 4)
+    assert all(torch.equal(weight, whole.weights[name]) for name, weight in again.weights.items())
 
 
 def test_the_precision_is_bf16_only_where_that_is_fast(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,14 @@ def replace_weights(transformer: MarsTransformer, weights: Iterable[tuple[str, T
         del weight
 
 
+def halve_frozen(transformer: MarsTransformer) -> None:
+    """Keeps the matrices of frozen linear layers in bf16, for training whose products round them to bf16 anyway: they
+    take half the memory, no product casts them, and no graph holds the cast copies. Losses do not change by a bit."""
+    for module in transformer.modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.bfloat16()
+
+
 def bytes_needed(transformer: MarsTransformer, precision: Precision) -> int:
     """Bytes that a model's weights will take in memory, by their shapes alone; rounding needs a little more on the way.
 

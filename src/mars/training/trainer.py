@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mars.errors import ConfigError, TrainingError
 from mars.files import tidy_folder, whole_file
+from mars.model.precision import halve_frozen
 from mars.training.checkpoints import Checkpoints
 from mars.training.meters import Meter, Pace, measured_peak, peak_memory
 from mars.training.optim import Average, build_optimizers, optimizer_tensors, rate_at, restore_optimizers
@@ -65,6 +66,8 @@ class Trainer:
         opened = open_stage(config, notify=notify)
         self.info, self.transformer = opened.info, opened.transformer
         self.product = product_of(config, opened)  # adapters are placed with the rest
+        if bf16:
+            halve_frozen(self.transformer)
         self.process.place(self.transformer, dtype=self.dtype)
         self.transformer.recompute = config.recompute
         if config.compile:
