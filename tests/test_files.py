@@ -7,7 +7,7 @@ import pytest
 
 from mars import files
 from mars.errors import CheckpointError, DataError
-from mars.files import atomic_folder, place_for, recover_folder, remembered, tidy_folder, whole_file
+from mars.files import atomic_folder, place_for, remembered, tidy_folder, whole_file
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -100,11 +100,11 @@ def test_a_folder_that_cannot_be_moved_into_place_leaves_the_old_one(
 def test_a_folder_that_a_killed_process_had_moved_aside_is_put_back(tmp_path: Path) -> None:
     fill(tmp_path / "model", "old")
     (tmp_path / "model").rename(tmp_path / ".model.old")
-    recover_folder(tmp_path / "model")
+    tidy_folder(tmp_path / "model")
     assert value_of(tmp_path / "model") == "old"
     (tmp_path / "model").rename(tmp_path / ".model.old")
     fill(tmp_path / "model", "new")
-    recover_folder(tmp_path / "model")
+    tidy_folder(tmp_path / "model")
     assert value_of(tmp_path / "model") == "new"
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 

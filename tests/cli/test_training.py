@@ -34,6 +34,19 @@ def config(stage: Callable[..., dict[str, Any]], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def tokenizer_config(tmp_path: Path, tiny_pictures: Path) -> Path:
+    """A configuration that trains a tiny image tokenizer for 25 steps."""
+    path = tmp_path / "tokenizer.toml"
+    table = {
+        "stage": "tokenizer", "data": [str(tiny_pictures)], "out": str(tmp_path / "run"), "steps": 25, "batch_size": 2,
+        "crop": 16, "perceptual_weight": 0.0,
+        "tokenizer": {"num_codes": 16, "code_width": 8, "channels": [32], "patch": 16, "blocks_per_level": 1},
+    }  # fmt: skip
+    path.write_text(toml(table), "utf-8")
+    return path
+
+
+@pytest.fixture
 def train(run: Run) -> Train:
     """Runs `mars train ARGUMENTS`; returns the exit code and standard error."""
 
@@ -67,14 +80,8 @@ def test_a_stage_is_trained_continued_and_then_done(train: Train, config: Path, 
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8]
 
 
-def test_a_tokenizer_is_trained(train: Train, tmp_path: Path, tiny_pictures: Path) -> None:
-    table = {
-        "stage": "tokenizer", "data": [str(tiny_pictures)], "out": str(tmp_path / "run"), "steps": 3, "batch_size": 2,
-        "crop": 16, "perceptual_weight": 0.0,
-        "tokenizer": {"num_codes": 16, "code_width": 8, "channels": [32], "patch": 16, "blocks_per_level": 1},
-    }  # fmt: skip
-    (tmp_path / "a.toml").write_text(toml(table), "utf-8")
-    code, err = train(tmp_path / "a.toml", "--set", "batch_size=3")
+def test_a_tokenizer_is_trained(train: Train, tokenizer_config: Path, tmp_path: Path) -> None:
+    code, err = train(tokenizer_config, "--set", "batch_size=3", "--set", "steps=3")
     assert code == 0
     assert "psnr" in err
     assert load_image_tokenizer(tmp_path / "run" / "last")[0].config.num_codes == 16
@@ -126,13 +133,7 @@ def test_samples_are_a_row_of_pictures_that_repeats(tiny_model: Path) -> None:
     assert sheet.tobytes() == draw_samples(tiny_model, ["a", "红", "c"]).tobytes()
 
 
-def test_a_tokenizer_moves_a_bar_on_a_terminal(tmp_path: Path, tiny_pictures: Path) -> None:
-    table = {
-        "stage": "tokenizer", "data": [str(tiny_pictures)], "out": str(tmp_path / "run"), "steps": 25, "batch_size": 2,
-        "crop": 16, "perceptual_weight": 0.0,
-        "tokenizer": {"num_codes": 16, "code_width": 8, "channels": [32], "patch": 16, "blocks_per_level": 1},
-    }  # fmt: skip
-    (tmp_path / "a.toml").write_text(toml(table), "utf-8")
+def test_a_tokenizer_moves_a_bar_on_a_terminal(tokenizer_config: Path) -> None:
     moved: list[tuple[int, int | None]] = []
 
     @contextmanager
@@ -141,7 +142,7 @@ def test_a_tokenizer_moves_a_bar_on_a_terminal(tmp_path: Path, tiny_pictures: Pa
         yield lambda done, total: moved.append((done, total))
 
     said: list[str] = []
-    start_training(tmp_path / "a.toml", [], say=said.append, bar=bar)
+    start_training(tokenizer_config, [], say=said.append, bar=bar)
     assert moved[-1] == (25, 25)
     assert not any(line.startswith("step") for line in said)
 

@@ -22,7 +22,7 @@ from mars.adapter import read_adapter
 from mars.checkpoint import load_model
 from mars.errors import CheckpointError, ConfigError, TrainingError
 from mars.model.transformer import MarsTransformer, is_language, read_prefixes
-from mars.sequence.interleaved import ImagePart, TextPart, interleaved
+from mars.sequence.interleaved import ImagePart, Part, TextPart, interleaved
 from mars.sequence.layout import drawn_image, read_image, text_segment
 from mars.training.cross_entropy import token_loss
 from mars.training.distributed import ShardedProcess, join
@@ -131,7 +131,7 @@ def upscale(transformer: MarsTransformer) -> Tensor:
 def story(transformer: MarsTransformer) -> Tensor:
     """Text, image, text that predicts an image, image: the frozen head is passed, and its logits made again."""
     image = ImagePart(codes_RC=CODES[0])
-    parts = [TextPart(ids=(1, 5)), image, TextPart(ids=(6, 7)), image]
+    parts: list[Part] = [TextPart(ids=(1, 5)), image, TextPart(ids=(6, 7)), image]
     losses = interleaved_losses(transformer, interleaved([parts] * 2, transformer.vocabulary, end=2))
     return losses["total"] + losses["begin_image_loss"]
 
