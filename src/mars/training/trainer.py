@@ -235,7 +235,7 @@ class Trainer:
                 partial.write_text(json.dumps(table, default=Tensor.tolist) + "\n", "utf-8")
         except TrainingError as error:
             told = str(error)
-        self.process.any(True)
+        self.process.any(True)  # nobody ends, and so ends the others, before all have written
         rest = continue_from(self.checkpoints.last)
         raise TrainingError(f"{found}, and so were {self.skipped} steps in a row; {told}; {rest}")
 
