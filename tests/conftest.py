@@ -12,8 +12,9 @@ import gc
 import io
 import json
 import random
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import resource
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -244,6 +245,24 @@ def tiny_codes(tiny_pictures: Path, tiny_model: Path) -> Path:
     out = tiny_pictures.with_suffix(".parquet")
     encode_pictures(tiny_pictures, tokenizer=tokenizer, digest=codes_digest(tokenizer), out=out)
     return out
+
+
+@contextmanager
+def files_end_at(size: int) -> Iterator[None]:
+    """Makes the operating system refuse to write beyond `size` bytes of any file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def toml(table: dict[str, Any], section: str = "") -> str:
+    """A table as a TOML file; tables inside it stand at its end."""
+    lines = [f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    tables = [(f"{section}{key}", value) for key, value in table.items() if isinstance(value, dict)]
+    return "\n".join([*lines, *(f"[{name}]\n{toml(value, f'{name}.')}" for name, value in tables)])
 
 
 @pytest.fixture

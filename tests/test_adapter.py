@@ -7,31 +7,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from mars.adapter import CONFIG, WEIGHTS, adapt, load_adapted, read_adapter, save_adapter, visual_digest
 from mars.checkpoint import load_model, read_tensors
 from mars.errors import CheckpointError, ConfigError, RequestError
 from mars.model.lora import LoraConfig, adapter_of, add_lora, lora_tensors, merged
 from mars.model.quantized import QuantizedLinear, dequantize
-from mars.model.transformer import MarsTransformer, read_prefixes
-from mars.sequence.layout import drawn_image
-
-CODES = torch.arange(12).view(2, 2, 3)
-
-
-def move(transformer: MarsTransformer) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for weight in lora_tensors(transformer).values():
-            weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.2)
-
-
-@torch.no_grad()
-def logits(transformer: MarsTransformer) -> Tensor:
-    cache = transformer.new_cache()
-    cache.load(read_prefixes(transformer, [[1, 40, 41], [1]]))
-    return transformer.visual_logits(transformer(drawn_image(CODES, transformer.vocabulary), cache))
+from mars.model.transformer import MarsTransformer
+from tests.model.conftest import codes_logits, train_adapter
 
 
 @pytest.fixture
@@ -43,7 +26,7 @@ def write(tmp_path: Path) -> Callable[..., tuple[Path, MarsTransformer]]:
         transformer = load_model(model).transformer
         digest = visual_digest(transformer.visual_tensors())
         add_lora(transformer, settings, generator=torch.Generator().manual_seed(0))
-        move(transformer)
+        train_adapter(transformer)
         folder.mkdir(exist_ok=True)
         save_adapter(folder, adapter_of(lora_tensors(transformer), settings, base_digest=digest), settings, base="tiny")
         return folder, transformer
@@ -68,10 +51,10 @@ def test_peft_gives_what_ours_gives_from_our_file(
 
     folder, ours = write(tiny_model, alpha=5.0)
     theirs = load_model(tiny_model).transformer
-    before = logits(theirs)
+    before = codes_logits(theirs)
     wrapped = PeftModel.from_pretrained(theirs, str(folder))
-    assert torch.allclose(logits(theirs), logits(ours), atol=1e-5)
-    assert not torch.allclose(logits(theirs), before, atol=1e-2)
+    assert torch.allclose(codes_logits(theirs), codes_logits(ours), atol=1e-5)
+    assert not torch.allclose(codes_logits(theirs), before, atol=1e-2)
     kept = {name for name, _ in wrapped.base_model.model.named_parameters() if ".lora_A." in name}
     assert len(kept) == len(read_adapter(folder).pairs)
 
@@ -85,11 +68,11 @@ def test_ours_gives_what_peft_gives_from_its_file(tiny_model: Path, tmp_path: Pa
         r=4, lora_alpha=6, target_modules=r".*\.visual\.(q_proj|down_proj)", use_rslora=rslora, init_lora_weights=False
     )
     wrapped = peft.get_peft_model(theirs, config)
-    wanted = logits(theirs)
+    wanted = codes_logits(theirs)
     wrapped.save_pretrained(str(tmp_path / "theirs"))
     ours = load_adapted(tiny_model, tmp_path / "theirs").transformer
-    assert torch.allclose(logits(ours), wanted, atol=1e-5)
-    assert not torch.allclose(logits(load_model(tiny_model).transformer), wanted, atol=1e-3)
+    assert torch.allclose(codes_logits(ours), wanted, atol=1e-5)
+    assert not torch.allclose(codes_logits(load_model(tiny_model).transformer), wanted, atol=1e-3)
 
 
 def test_a_model_that_is_open_is_adapted_as_one_that_is_opened_so(
@@ -98,13 +81,26 @@ def test_a_model_that_is_open_is_adapted_as_one_that_is_opened_so(
     folder, transformer = write(tiny_model)
     opened = load_adapted(tiny_model, folder, scale=0.5)
     adapted = adapt(load_model(tiny_model), folder, scale=0.5)
-    assert torch.equal(logits(opened.transformer), logits(adapted.transformer))
+    assert torch.equal(codes_logits(opened.transformer), codes_logits(adapted.transformer))
     assert opened.visual_digest == adapted.visual_digest
     assert opened.lora == adapted.lora == "adapter x 0.5"
-    assert torch.allclose(logits(load_adapted(tiny_model, folder).transformer), logits(transformer), atol=1e-4)
-    assert torch.equal(
-        logits(load_adapted(tiny_model, folder, scale=0.0).transformer), logits(load_model(tiny_model).transformer)
-    )
+    whole = load_adapted(tiny_model, folder).transformer
+    assert torch.allclose(codes_logits(whole), codes_logits(transformer), atol=1e-4)
+    off = load_adapted(tiny_model, folder, scale=0.0).transformer
+    assert torch.equal(codes_logits(off), codes_logits(load_model(tiny_model).transformer))
+
+
+def test_a_base_that_is_stored_in_fp32_is_not_changed(
+    tiny_model: Path, tmp_path: Path, write: Callable[..., tuple[Path, MarsTransformer]]
+) -> None:
+    """As the checkpoints of a run are; its file is mapped into memory."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    file = base / "visual.safetensors"
+    save_file({name: tensor.float() for name, tensor in load_file(file).items()}, file)
+    before = file.read_bytes()
+    folder, transformer = write(base)
+    assert torch.allclose(codes_logits(load_adapted(base, folder).transformer), codes_logits(transformer), atol=1e-4)
+    assert file.read_bytes() == before
 
 
 def test_another_scale_or_adapter_is_another_digest(
@@ -123,7 +119,7 @@ def test_rounding_comes_after_merging(
 ) -> None:
     folder, _ = write(even_model)
     stored = read_tensors(even_model / "visual.safetensors")
-    wanted = merged(stored, read_adapter(folder))["layers.1.visual.q_proj.weight"].float()
+    wanted = dict(merged(stored, read_adapter(folder)))["layers.1.visual.q_proj.weight"].float()
     transformer = load_adapted(even_model, folder, precision=precision).transformer
     layer = transformer.get_submodule("layers.1.visual.q_proj")
     assert isinstance(layer, QuantizedLinear)
@@ -146,10 +142,10 @@ def test_an_adapter_of_another_model_is_one_line(
     ):
         load_adapted(other, folder)
     model = load_model(other)
-    before = logits(model.transformer)
+    before = codes_logits(model.transformer)
     with pytest.raises(CheckpointError, match="was trained on the visual expert"):
         adapt(model, folder)
-    assert torch.equal(logits(model.transformer), before)
+    assert torch.equal(codes_logits(model.transformer), before)
 
 
 def test_a_run_and_the_model_made_of_it_have_one_digest() -> None:

@@ -1,9 +1,7 @@
 import errno
 import os
-import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -31,20 +29,10 @@ from mars.image_tokenizer.model import ImageTokenizer
 from mars.model.base_llm import open_base_llm
 from mars.model.language_tensors import tensors_digest
 from mars.model.precision import weights_held
+from tests.conftest import files_end_at
 
 OLD = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3)}
 NEW = {"a": torch.randn(400, 30)}
-
-
-@contextmanager
-def files_end_at(size: int) -> Iterator[None]:
-    """Makes the operating system refuse to write beyond `size` bytes of any file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def no_space(*arguments: object, **options: object) -> None:
@@ -57,6 +45,8 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
 
 def test_tensors_survive_a_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "weights.safetensors"
+    save_tensors(tmp_path / "none.safetensors", {})
+    assert read_tensors(tmp_path / "none.safetensors") == {}
     tensors = {**OLD, "c": torch.randn(3, 2).T, "d": torch.randn(4).bfloat16(), "e": nn.Parameter(torch.ones(2))}
     save_tensors(path, tensors, {"step": "3"})
     found = read_tensors(path)

@@ -7,7 +7,7 @@ import pytest
 
 from mars import files
 from mars.errors import CheckpointError, DataError
-from mars.files import atomic_folder, place_for, recover_folder, remembered, whole_file
+from mars.files import atomic_folder, place_for, remembered, tidy_folder, whole_file
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -100,13 +100,25 @@ def test_a_folder_that_cannot_be_moved_into_place_leaves_the_old_one(
 def test_a_folder_that_a_killed_process_had_moved_aside_is_put_back(tmp_path: Path) -> None:
     fill(tmp_path / "model", "old")
     (tmp_path / "model").rename(tmp_path / ".model.old")
-    recover_folder(tmp_path / "model")
+    tidy_folder(tmp_path / "model")
     assert value_of(tmp_path / "model") == "old"
     (tmp_path / "model").rename(tmp_path / ".model.old")
     fill(tmp_path / "model", "new")
-    recover_folder(tmp_path / "model")
+    tidy_folder(tmp_path / "model")
     assert value_of(tmp_path / "model") == "new"
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_killed_processes_left_beside_a_folder_is_removed(tmp_path: Path) -> None:
+    for name in (".a[1].0a1b2c3d", ".a[1].old", ".a1.0a1b2c3d", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name, "utf-8")
+    for _ in range(2):
+        tidy_folder(tmp_path / "a[1]")
+        assert {path.name for path in tmp_path.iterdir()} == {"a[1]", ".a1.0a1b2c3d", "b"}
+        assert (tmp_path / "a[1]" / "file").read_text("utf-8") == ".a[1].old"
+    tidy_folder(tmp_path / "none" / "c")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_saved_folder_is_as_readable_as_any_other(tmp_path: Path) -> None:

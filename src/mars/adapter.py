@@ -5,7 +5,7 @@ The digest of the weights that an adapter was trained on stands in the metadata 
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from mars.checkpoint import MarsModel, load_model, read_json, read_tensors, save_tensors, write_json
 from mars.errors import CheckpointError, RequestError
-from mars.model.language_tensors import tensors_digest
+from mars.model.language_tensors import Digest, tensors_digest
 from mars.model.lora import Adapter, LoraConfig, merged
-from mars.model.precision import Precision, is_rounded
+from mars.model.precision import Precision, is_rounded, replace_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -33,7 +33,10 @@ _PLAIN: dict[str, Any] = {
 
 def visual_digest(visual: Mapping[str, Tensor]) -> str:
     """Digest of a model's visual tensors at 16 bits: the same for the weights of a run and for the model made of it."""
-    return tensors_digest({name: tensor.detach().half() for name, tensor in visual.items()})
+    digest = Digest()
+    for name in sorted(visual):
+        digest.add(name, visual[name].detach().half())
+    return digest.result()
 
 
 def save_adapter(folder: Path, adapter: Adapter, config: LoraConfig, *, base: str) -> None:
@@ -156,7 +159,7 @@ def load_adapted(
     check_scale(scale)
     adapter = read_adapter(lora)
 
-    def merge(visual: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def merge(visual: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         check_base(adapter, digest=visual_digest(visual), model=str(folder))
         return merged(visual, adapter, scale=scale)
 
@@ -178,8 +181,7 @@ def adapt(model: MarsModel, lora: Path, *, scale: float = 1.0) -> MarsModel:
     adapter = read_adapter(lora)
     visual = model.transformer.visual_tensors()
     check_base(adapter, digest=visual_digest(visual), model=model.info.name)
-    for name, weight in merged(visual, adapter, scale=scale).items():
-        visual[name].copy_(weight)
+    replace_weights(model.transformer, merged(visual, adapter, scale=scale), model.precision)
     return _named(model, adapter, scale=scale)
 
 

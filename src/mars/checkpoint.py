@@ -1,7 +1,7 @@
 """A folder of weights: `config.json` beside `.safetensors` files, saved whole or not at all, loaded strictly."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,14 @@ from mars.model.base_llm import open_base_llm
 from mars.model.config import ModelConfig, UpscaleConfig
 from mars.model.hub_folder import is_whole as is_whole_language
 from mars.model.language_tensors import tensors_digest
-from mars.model.precision import Precision, check_model_memory, check_precision, is_rounded, lower_precision
+from mars.model.precision import (
+    Precision,
+    check_model_memory,
+    check_precision,
+    is_rounded,
+    lower_precision,
+    replace_weights,
+)
 from mars.model.transformer import MarsTransformer, build_transformer
 from mars.sequence.text import TextTokenizer
 
@@ -35,7 +42,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     kept = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with whole_file(path, error=CheckpointError) as partial:
         try:
-            save_file(kept, partial, metadata=dict(metadata or {}))
+            save_file(kept, partial, metadata=dict(metadata) if metadata else None)  # {} and no tensors: unreadable
         except SafetensorError as error:
             raise OSError(str(error)) from error
         partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files their owner's alone
@@ -289,7 +296,7 @@ def load_model(
     *,
     precision: Precision = "fp32",
     notify: Callable[[str], None] | None = None,
-    merge: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None,
+    merge: Callable[[Mapping[str, Tensor]], Iterable[tuple[str, Tensor]]] | None = None,
 ) -> MarsModel:
     """Opens a model's folder and the LLM that it names.
 
@@ -326,7 +333,9 @@ def load_model(
     if llm.config != config.language:
         raise CheckpointError(f"{folder / 'config.json'} does not describe {info.language}; its language part is wrong")
     visual = stored if is_rounded(precision) else {name: tensor.float() for name, tensor in stored.items()}
-    transformer = build_transformer(config, llm.tensors, visual={**visual, **(merge(visual) if merge else {})})
+    transformer = build_transformer(config, llm.tensors, visual=visual)
+    if merge is not None:
+        replace_weights(transformer, merge(visual), precision)
     lower_precision(transformer, precision)
     return MarsModel(
         info=info,

@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all."""
 
 import errno
+import glob
 import hashlib
 import os
 import secrets
@@ -48,7 +49,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        recover_folder(path)
+        _recover(path)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         temporary.mkdir()  # not tempfile.mkdtemp, whose folders are their owner's alone
         yield temporary
@@ -64,10 +65,18 @@ def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
-def recover_folder(path: Path) -> None:
+def _recover(path: Path) -> None:
     """Puts back what a process that was killed between the two moves of `atomic_folder` had moved aside."""
     if _aside(path).is_dir() and not path.exists():
         os.replace(_aside(path), path)
+
+
+def tidy_folder(path: Path) -> None:
+    """Removes what processes that were killed inside `atomic_folder` left beside a path, and puts back what they had
+    moved aside: for paths that nobody else is writing to."""
+    _recover(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _put(new: Path, path: Path) -> None:

@@ -1,7 +1,6 @@
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import nan
@@ -13,21 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mars import cli
 from mars.checkpoint import load_image_tokenizer, load_model
 from mars.cli.progress import Report
 from mars.cli.training import draw_samples, start_training
 from mars.training.meters import Pace
 from mars.training.tasks import Drawing, TextToImage
 from mars.training.trainer import Trainer
+from tests.cli.conftest import Run
+from tests.conftest import toml
 
 Train = Callable[..., tuple[int, str]]
-
-
-def toml(table: dict[str, Any], section: str = "") -> str:
-    lines = [f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, dict)]
-    tables = [(f"{section}{key}", value) for key, value in table.items() if isinstance(value, dict)]
-    return "\n".join([*lines, *(f"[{name}]\n{toml(value, f'{name}.')}" for name, value in tables)])
 
 
 @pytest.fixture
@@ -40,19 +34,26 @@ def config(stage: Callable[..., dict[str, Any]], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Train:
+def tokenizer_config(tmp_path: Path, tiny_pictures: Path) -> Path:
+    """A configuration that trains a tiny image tokenizer for 25 steps."""
+    path = tmp_path / "tokenizer.toml"
+    table = {
+        "stage": "tokenizer", "data": [str(tiny_pictures)], "out": str(tmp_path / "run"), "steps": 25, "batch_size": 2,
+        "crop": 16, "perceptual_weight": 0.0,
+        "tokenizer": {"num_codes": 16, "code_width": 8, "channels": [32], "patch": 16, "blocks_per_level": 1},
+    }  # fmt: skip
+    path.write_text(toml(table), "utf-8")
+    return path
+
+
+@pytest.fixture
+def train(run: Run) -> Train:
     """Runs `mars train ARGUMENTS`; returns the exit code and standard error."""
 
     def ran(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["mars", "train", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        return code, captured.err
+        code, out, err = run("train", *arguments)
+        assert out == ""
+        return code, err
 
     return ran
 
@@ -79,14 +80,8 @@ def test_a_stage_is_trained_continued_and_then_done(train: Train, config: Path, 
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8]
 
 
-def test_a_tokenizer_is_trained(train: Train, tmp_path: Path, tiny_pictures: Path) -> None:
-    table = {
-        "stage": "tokenizer", "data": [str(tiny_pictures)], "out": str(tmp_path / "run"), "steps": 3, "batch_size": 2,
-        "crop": 16, "perceptual_weight": 0.0,
-        "tokenizer": {"num_codes": 16, "code_width": 8, "channels": [32], "patch": 16, "blocks_per_level": 1},
-    }  # fmt: skip
-    (tmp_path / "a.toml").write_text(toml(table), "utf-8")
-    code, err = train(tmp_path / "a.toml", "--set", "batch_size=3")
+def test_a_tokenizer_is_trained(train: Train, tokenizer_config: Path, tmp_path: Path) -> None:
+    code, err = train(tokenizer_config, "--set", "batch_size=3", "--set", "steps=3")
     assert code == 0
     assert "psnr" in err
     assert load_image_tokenizer(tmp_path / "run" / "last")[0].config.num_codes == 16
@@ -138,13 +133,7 @@ def test_samples_are_a_row_of_pictures_that_repeats(tiny_model: Path) -> None:
     assert sheet.tobytes() == draw_samples(tiny_model, ["a", "红", "c"]).tobytes()
 
 
-def test_a_tokenizer_moves_a_bar_on_a_terminal(tmp_path: Path, tiny_pictures: Path) -> None:
-    table = {
-        "stage": "tokenizer", "data": [str(tiny_pictures)], "out": str(tmp_path / "run"), "steps": 25, "batch_size": 2,
-        "crop": 16, "perceptual_weight": 0.0,
-        "tokenizer": {"num_codes": 16, "code_width": 8, "channels": [32], "patch": 16, "blocks_per_level": 1},
-    }  # fmt: skip
-    (tmp_path / "a.toml").write_text(toml(table), "utf-8")
+def test_a_tokenizer_moves_a_bar_on_a_terminal(tokenizer_config: Path) -> None:
     moved: list[tuple[int, int | None]] = []
 
     @contextmanager
@@ -153,7 +142,7 @@ def test_a_tokenizer_moves_a_bar_on_a_terminal(tmp_path: Path, tiny_pictures: Pa
         yield lambda done, total: moved.append((done, total))
 
     said: list[str] = []
-    start_training(tmp_path / "a.toml", [], say=said.append, bar=bar)
+    start_training(tokenizer_config, [], say=said.append, bar=bar)
     assert moved[-1] == (25, 25)
     assert not any(line.startswith("step") for line in said)
 
@@ -211,7 +200,7 @@ def test_a_second_signal_does_not_wait(train: Train, config: Path, monkeypatch: 
 
 def test_an_adapter_is_trained_drawn_with_and_refused_by_another_model(
     train: Train,
-    run: Callable[..., tuple[int, str, str]],
+    run: Run,
     stage: Callable[..., dict[str, Any]],
     tiny_model: Path,
     even_model: Path,

@@ -10,11 +10,18 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import pre_tokenizers
+from torch import Tensor
 
 from mars.model.config import LanguageConfig, ModelConfig, SemVIEConfig
 from mars.model.language_tensors import GGUF, GGUF_QWEN, language_shapes
-from mars.model.transformer import MarsTransformer, build_transformer, start_visual
+from mars.model.lora import lora_tensors
+from mars.model.transformer import MarsTransformer, build_transformer, read_prefixes, start_visual
+from mars.sequence.layout import drawn_image
 
+ROWS = [[1, 40, 41, 42], [1]]
+"""Prompts."""
+CODES = torch.arange(12).view(2, 2, 3)
+"""(B, R, C)."""
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 TOKENS = [*SPECIALS, *ALPHABET, "he", "<tool>", "[PAD0]", "[PAD1]", "[PAD2]"]
@@ -228,3 +235,19 @@ def build() -> Callable[..., MarsTransformer]:
         return transformer
 
     return built
+
+
+def train_adapter(transformer: MarsTransformer) -> None:
+    """Moves every matrix of an adapter away from its start."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in lora_tensors(transformer).values():
+            weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.2)
+
+
+@torch.no_grad()
+def codes_logits(transformer: MarsTransformer) -> Tensor:
+    """Logits of the codes `CODES` after the prompts `ROWS`."""
+    cache = transformer.new_cache()
+    cache.load(read_prefixes(transformer, ROWS))
+    return transformer.visual_logits(transformer(drawn_image(CODES, transformer.vocabulary), cache))

@@ -3,16 +3,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from mars.errors import CheckpointError, ConfigError
 from mars.model.lora import TARGETS, Adapter, LoraConfig, adapter_of, add_lora, lora_tensors, merged
 from mars.model.transformer import MarsTransformer, read_prefixes
-from mars.sequence.layout import drawn_image
 from mars.training.losses import text_to_image_loss
+from tests.model.conftest import CODES, ROWS, codes_logits, train_adapter
 
-ROWS = [[1, 40, 41, 42], [1]]
-CODES = torch.arange(12).view(2, 2, 3)
 BUILDS: dict[str, dict[str, Any]] = {"paper": {}, "one output": {"duplicate_output": False}}
 
 
@@ -28,24 +25,9 @@ def adapted(transformer: MarsTransformer, **config: Any) -> MarsTransformer:
     return transformer
 
 
-def trained(transformer: MarsTransformer) -> None:
-    """Moves every matrix away from its start."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for weight in lora_tensors(transformer).values():
-            weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.2)
-
-
-@torch.no_grad()
-def logits(transformer: MarsTransformer) -> Tensor:
-    cache = transformer.new_cache()
-    cache.load(read_prefixes(transformer, ROWS))
-    return transformer.visual_logits(transformer(drawn_image(CODES, transformer.vocabulary), cache))
-
-
 def test_a_new_adapter_changes_nothing_at_all(transformer: MarsTransformer) -> None:
-    before = logits(transformer)
-    assert torch.equal(logits(adapted(transformer)), before)
+    before = codes_logits(transformer)
+    assert torch.equal(codes_logits(adapted(transformer)), before)
 
 
 def test_every_linear_layer_of_the_visual_expert_and_no_other_has_an_adapter(transformer: MarsTransformer) -> None:
@@ -63,7 +45,7 @@ def test_parameters_of_the_model_keep_their_names(transformer: MarsTransformer) 
 
 def test_training_moves_adapters_only(transformer: MarsTransformer) -> None:
     adapted(transformer, rank=2)
-    trained(transformer)
+    train_adapter(transformer)
     text_to_image_loss(transformer, CODES, read_prefixes(transformer, ROWS)).backward()
     moved = {name for name, weight in transformer.named_parameters() if weight.grad is not None}
     assert moved == lora_tensors(transformer).keys()
@@ -73,15 +55,15 @@ def test_training_moves_adapters_only(transformer: MarsTransformer) -> None:
 def test_a_merged_adapter_gives_what_the_adapter_gives(
     transformer: MarsTransformer, build_tiny: Callable[..., MarsTransformer]
 ) -> None:
-    before = logits(transformer)
+    before = codes_logits(transformer)
     plain = build_tiny(**vars(transformer.config.semvie))
-    trained(adapted(transformer, rank=3, alpha=5.0))
-    wanted = logits(transformer)
+    train_adapter(adapted(transformer, rank=3, alpha=5.0))
+    wanted = codes_logits(transformer)
     assert not torch.allclose(wanted, before, atol=1e-2)
     visual = plain.visual_tensors()
-    for name, weight in merged(visual, adapter_of(lora_tensors(transformer), LoraConfig(rank=3, alpha=5.0))).items():
+    for name, weight in merged(visual, adapter_of(lora_tensors(transformer), LoraConfig(rank=3, alpha=5.0))):
         visual[name].data.copy_(weight)
-    assert torch.allclose(logits(plain), wanted, atol=1e-4)
+    assert torch.allclose(codes_logits(plain), wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, -1.0])
@@ -89,7 +71,7 @@ def test_scale_is_how_much_of_the_difference_is_added(scale: float) -> None:
     weight, a, b = torch.randn(6, 5), torch.randn(2, 5), torch.randn(6, 2)
     adapter = Adapter(name="x", pairs={"layers.0.visual.q_proj": (a, b)}, scale=4.0, base_digest=None)
     visual = {"layers.0.visual.q_proj.weight": weight}
-    after = merged(visual, adapter, scale=scale)["layers.0.visual.q_proj.weight"]
+    ((_, after),) = merged(visual, adapter, scale=scale)
     assert torch.allclose(after, weight + scale * 4 * b @ a, atol=1e-6)
 
 
@@ -98,16 +80,16 @@ def test_halves_are_merged_in_fp32_and_stay_halves() -> None:
     small = torch.full((1, 1), 2.0**-7, dtype=torch.float16)  # whose square would vanish beside 1 in 16 bits
     pairs = {"layers.0.visual.q_proj": (small, small)}
     adapter = Adapter(name="x", pairs=pairs, scale=32.0, base_digest=None)
-    after = merged({"layers.0.visual.q_proj.weight": weight}, adapter)["layers.0.visual.q_proj.weight"]
+    ((_, after),) = merged({"layers.0.visual.q_proj.weight": weight}, adapter)
     assert after.dtype is torch.float16
     assert float(after) == pytest.approx(1 + 32 * 2**-14, abs=2**-11)
 
 
 def test_dropout_acts_in_training_only(transformer: MarsTransformer) -> None:
-    trained(adapted(transformer, dropout=0.5))
-    assert torch.equal(logits(transformer), logits(transformer))
+    train_adapter(adapted(transformer, dropout=0.5))
+    assert torch.equal(codes_logits(transformer), codes_logits(transformer))
     transformer.train()
-    assert not torch.equal(logits(transformer), logits(transformer))
+    assert not torch.equal(codes_logits(transformer), codes_logits(transformer))
 
 
 def test_an_adapter_of_another_model_is_one_line() -> None:

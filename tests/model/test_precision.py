@@ -1,6 +1,7 @@
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -9,7 +10,14 @@ from mars import memory
 from mars.errors import ConfigError, ModelError, RequestError
 from mars.model.config import LanguageConfig, ModelConfig, SemVIEConfig
 from mars.model.language_tensors import language_shapes
-from mars.model.precision import Precision, bytes_needed, check_model_memory, lower_precision, weights_held
+from mars.model.precision import (
+    Precision,
+    bytes_needed,
+    check_model_memory,
+    lower_precision,
+    replace_weights,
+    weights_held,
+)
 from mars.model.transformer import MarsTransformer, build_transformer, read_prefixes, start_visual
 from mars.sequence.layout import Modality, Segment, text_segment
 
@@ -111,6 +119,30 @@ def test_it_takes_the_bytes_that_it_says(build: Build, precision: Precision) -> 
     assert after["language"][1] < before["language"][1] * (0.32 if precision == "int8" else 0.22)
 
 
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_other_weights_take_their_places_one_after_the_other(build: Build, precision: Precision) -> None:
+    """As if they had always been there; with 8 or 4 bits none is whole any more when the next one is made."""
+    wanted, transformer = build(), build()
+    other = {name: -weight for name, weight in wanted.visual_tensors().items() if name.endswith("_proj.weight")}
+    for name, weight in other.items():
+        wanted.get_parameter(name).data.copy_(weight)
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        before: weakref.ref[torch.Tensor] = weakref.ref(torch.empty(0))
+        for name, weight in other.items():
+            assert before() is None
+            made = weight.clone()
+            before = weakref.ref(made)
+            yield name, made
+            del made
+
+    replace_weights(transformer, weights(), precision)
+    for one in (wanted, transformer):
+        lower_precision(one, precision)
+    for found, right in zip(outputs(transformer), outputs(wanted), strict=True):
+        assert torch.equal(found, right)
+
+
 def test_fp32_changes_nothing(build: Build) -> None:
     transformer = build()
     wanted = {name: weight.clone() for name, weight in transformer.named_parameters()}
@@ -131,6 +163,9 @@ def test_an_unknown_precision_and_a_width_that_does_not_fit_are_one_line(build: 
         lower_precision(build(), "int2")  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="multiple of 32 inputs, got 72"):
         lower_precision(build(width=72), "int4")
+    weights = [("layers.1.visual.q_proj.weight", torch.zeros(64, 72))]
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.visual\.q_proj: .* multiple of 32 inputs, got 72"):
+        replace_weights(build(width=72), weights, "int8")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Several processes give what one gives. A group of one process runs here, groups of two under torchrun."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,19 +20,18 @@ from torch.distributed.tensor import DTensor
 
 from mars.adapter import read_adapter
 from mars.checkpoint import load_model
-from mars.config import from_dict
 from mars.errors import CheckpointError, ConfigError, TrainingError
 from mars.model.transformer import MarsTransformer, is_language, read_prefixes
+from mars.sequence.interleaved import ImagePart, Part, TextPart, interleaved
 from mars.sequence.layout import drawn_image, read_image, text_segment
 from mars.training.cross_entropy import token_loss
 from mars.training.distributed import ShardedProcess, join
+from mars.training.interleaved import interleaved_losses
 from mars.training.losses import captioning_loss
-from mars.training.process import Process
-from mars.training.stages import StageConfig
-from mars.training.trainer import Trainer
 from mars.training.upscale import upscale_loss
+from tests.conftest import toml
+from tests.training.conftest import Stage, start, steps
 
-Stage = Callable[..., dict[str, Any]]
 ADAMW = {"name": "adamw", "learning_rate": 3e-3, "warmup": 2}
 MUON = {"name": "muon", "learning_rate": 3e-3, "matrix_rate": 0.03, "warmup": 2, "average": 0.9}
 SEMVIE = {"share_norms": False, "duplicate_output": False, "visual_layers": [0, 2]}
@@ -43,14 +43,6 @@ def process(tmp_path: Path) -> Iterator[ShardedProcess]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/.store", rank=0, world_size=1)
     yield ShardedProcess(torch.device("cpu"))
     dist.destroy_process_group()
-
-
-def start(table: dict[str, Any], process: Process | None = None) -> Trainer:
-    return Trainer(from_dict(StageConfig, table), process=process)
-
-
-def steps(trainer: Trainer, count: int) -> list[dict[str, float]]:
-    return [trainer.train_step() for _ in range(count)]
 
 
 def close(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> bool:
@@ -85,6 +77,13 @@ def test_sharding_changes_no_loss(
     assert len({frozenset(losses) for losses in wanted}) == 2  # both tasks occurred
     trainer = start(table, process)
     assert close(steps(trainer, 8), wanted)
+
+
+def test_sharding_frozen_weights_of_bf16_changes_little(stage: Stage, process: ShardedProcess) -> None:
+    table = stage(precision="bf16", optimizer=ADAMW)
+    wanted, found = steps(start(table), 6), steps(start(table, process), 6)
+    for one, other in zip(found, wanted, strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
 
 
 def test_an_adapter_that_is_trained_sharded_is_the_same(
@@ -129,8 +128,16 @@ def upscale(transformer: MarsTransformer) -> Tensor:
     return upscale_loss(transformer, CODES, torch.arange(96).view(4, 4, 6) % 64, prefixes, side=2)
 
 
+def story(transformer: MarsTransformer) -> Tensor:
+    """Text, image, text that predicts an image, image: the frozen head is passed, and its logits made again."""
+    image = ImagePart(codes_RC=CODES[0])
+    parts: list[Part] = [TextPart(ids=(1, 5)), image, TextPart(ids=(6, 7)), image]
+    losses = interleaved_losses(transformer, interleaved([parts] * 2, transformer.vocabulary, end=2))
+    return losses["total"] + losses["begin_image_loss"]
+
+
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("loss", [caption, edit, upscale])
+@pytest.mark.parametrize("loss", [caption, edit, upscale, story])
 def test_gradients_come_back_through_every_layout(
     stage: Stage, process: ShardedProcess, loss: Callable[[MarsTransformer], Tensor], recompute: bool
 ) -> None:
@@ -336,13 +343,6 @@ def test_a_checkpoint_is_continued_by_another_number_of_processes(
     assert all(torch.allclose(found[name], wanted[name], atol=1e-4) for name in wanted)
 
 
-def toml(value: Any) -> str:
-    """A value as TOML writes it in one line."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name} = {toml(one)}" for name, one in value.items()) + "}"
-    return json.dumps(value)
-
-
 def log_of(folder: Path) -> list[dict[str, float]]:
     """Losses and norms that a run logged."""
     lines = (folder / "log.jsonl").read_text("utf-8").splitlines()
@@ -354,7 +354,7 @@ def log_of(folder: Path) -> list[dict[str, float]]:
 
 def write_config(path: Path, table: dict[str, Any]) -> Path:
     """A configuration file."""
-    path.write_text("\n".join(f"{key} = {toml(value)}" for key, value in table.items()), "utf-8")
+    path.write_text(toml(table), "utf-8")
     return path
 
 
@@ -371,6 +371,43 @@ def test_the_command_under_torchrun_leaves_what_one_process_leaves(stage: Stage,
         assert names[0] == names[1]
     found, wanted = (load_model(tmp_path / name / "model").transformer.visual_tensors() for name in ("two", "one"))
     assert all(torch.allclose(found[name], wanted[name], atol=2e-3) for name in wanted)  # fp16
+
+
+SPOILED = """
+import json, sys, torch
+from mars.config import from_dict
+from mars.training.distributed import join
+from mars.training.stages import StageConfig
+from mars.training.tasks import TextToImage
+from mars.training.trainer import Trainer
+
+learned = TextToImage.losses
+with join(torch.device("cpu")) as process:
+    trainer = Trainer(from_dict(StageConfig, json.loads(sys.argv[1])), process=process)
+
+    def losses(task, batch):
+        found = learned(task, batch)
+        return found | {"total": found["total"] * (torch.nan if process.rank and trainer.step else 1)}
+
+    TextToImage.losses = losses
+    trainer.train()
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_one_process_spoils_ends_with_the_batches_of_all(stage: Stage, tmp_path: Path) -> None:
+    table = stage(tasks={"text_to_image": 1.0}, max_skipped=2)
+    (tmp_path / "script.py").write_text(SPOILED, "utf-8")
+    with torchrun(tmp_path / "script.py", json.dumps(table)) as started:
+        _, err = started.communicate(timeout=300)
+    assert started.returncode
+    assert f"2 steps in a row; the batch is in {tmp_path / 'run' / 'skipped-step-000002-rank-*.json'}" in err
+    parts = [json.loads(path.read_text("utf-8")) for path in sorted((tmp_path / "run").glob("skipped-*"))]
+    values = [part["values"] for part in parts]
+    assert [math.isfinite(one["text_to_image/total"]) for one in values] == [True, False]  # whose it was
+    assert not any(math.isfinite(one["gradient_norm"]) for one in values)
+    whole = [one.codes.tolist() for one in start(table | {"out": str(tmp_path / "alone")}).mix.draw(2)[1]]
+    assert [[one["codes"] for one in part["examples"]] for part in parts] == [whole[0::2], whole[1::2]]
 
 
 @pytest.mark.slow

@@ -3,7 +3,8 @@ import torch
 
 from mars.model.transformer import MarsTransformer, read_prefixes
 from mars.sequence.layout import drawn_image, read_image, text_segment
-from mars.training.losses import begin_image_loss, captioning_loss, text_to_image_loss
+from mars.training import cross_entropy
+from mars.training.losses import begin_image_loss, begin_loss, captioning_loss, text_to_image_loss
 from tests.training.conftest import gradients
 
 ROWS = [[1, 40, 41, 42], [1], [1, 50, 51], [1, 40, 41, 42]]
@@ -43,6 +44,34 @@ def test_begin_image_is_the_surprise_of_the_image_among_text_and_special_ids(tra
     loss = begin_image_loss(transformer, prefixes)
     assert torch.allclose(loss, wanted, rtol=1e-5)
     assert gradients(transformer, loss).keys() == {"special_head.weight"}
+
+
+def test_when_to_begin_is_learned_without_all_logits_at_once(
+    transformer: MarsTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states, size = torch.randn(20, transformer.config.language.width), transformer.config.language.vocab_size
+    kept: list[int] = []
+
+    def learn() -> tuple[float, torch.Tensor, torch.Tensor]:
+        given = states.clone().requires_grad_()
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.numel()) or one, lambda one: one):  # type: ignore[func-returns-value]
+            loss = begin_loss(transformer, given)
+        head = gradients(transformer, loss)["special_head.weight"]
+        assert given.grad is not None
+        return float(loss.detach()), given.grad, head
+
+    wanted = learn()
+    monkeypatch.setattr(cross_entropy, "CHUNK", 3 * size)
+    made: list[int] = []
+    logits = transformer.text_logits
+    monkeypatch.setattr(transformer, "text_logits", lambda chunk: made.append(len(chunk)) or logits(chunk))  # type: ignore[func-returns-value]
+    found = learn()
+    assert max(made) == 3
+    assert max(kept) < 20 * size
+    assert found[0] == pytest.approx(wanted[0], rel=1e-6)
+    for one, other in zip(found[1:], wanted[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
 def test_both_tasks_train_visual_tensors_only(transformer: MarsTransformer) -> None:

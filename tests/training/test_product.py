@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from mars.adapter import CONFIG, WEIGHTS, load_adapted, read_adapter
-from mars.checkpoint import load_model, read_tensors
+from mars.checkpoint import load_model, read_json, read_tensors, write_json
 from mars.config import from_dict
 from mars.errors import CheckpointError, ConfigError
+from mars.training.runstate import write_state
 from mars.training.stages import StageConfig
 from mars.training.trainer import Trainer
+from tests.training.conftest import OPTIMIZERS, Stage, start, visual
 
 Configure = Callable[..., StageConfig]
 
@@ -90,7 +92,7 @@ def test_a_run_keeps_its_rank_and_its_model(adapting: Configure, tiny_model: Pat
     trainer.save()
     with pytest.raises(ConfigError, match='lora must stay .*"rank": 2.*got .*"rank": 4'):
         Trainer(adapting(lora={"rank": 4}))
-    with pytest.raises(ConfigError, match="lora must stay .*got none"):
+    with pytest.raises(ConfigError, match="lora must stay .*got null"):
         Trainer(adapting(lora=None))
     product = trainer.product
     (trainer.config.out / "last" / WEIGHTS).unlink()
@@ -113,3 +115,43 @@ def test_a_model_is_made_without_lora(adapting: Configure, tiny_model: Path) -> 
     trainer.train()
     made = load_model(trainer.config.out / "model").transformer.visual_tensors()
     assert made.keys() == trainer.weights.keys()
+
+
+def test_a_checkpoint_of_another_language_model_is_one_line(stage: Stage, tmp_path: Path) -> None:
+    start(stage()).save()
+    file = tmp_path / "run" / "last" / "config.json"
+    write_json(file, {**read_json(file), "language_digest": "sha256:0"})
+    write_state(file.parent, step=0, fixed={})
+    with pytest.raises(CheckpointError, match="was trained on the LLM sha256:0"):
+        start(stage())
+
+
+def test_a_run_that_is_killed_at_its_end_still_makes_its_model(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(trainer: Trainer) -> None:
+        assert (tmp_path / "run" / "model").is_dir()  # once the last checkpoint is there, nothing is left to do
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        start(stage(steps=3)).train()
+    (tmp_path / "run" / "model").rename(tmp_path / "run" / ".model.0a1b2c3d")  # killed just before
+    monkeypatch.undo()
+    trainer = start(stage(steps=3))
+    assert not list((tmp_path / "run").glob(".model*"))
+    assert trainer.train()
+    load_model(tmp_path / "run" / "model")
+
+
+def test_what_is_stored_to_draw_with_is_the_average(stage: Stage, tmp_path: Path) -> None:
+    trainer = start(stage(steps=4, optimizer=OPTIMIZERS["adamw"] | {"average": 0.9}))
+    assert trainer.average is not None
+    trainer.train()
+    stored = read_tensors(tmp_path / "run" / "last" / "visual.safetensors")
+    finished = read_tensors(tmp_path / "run" / "model" / "visual.safetensors")
+    for name, value in trainer.average.values.items():
+        assert torch.equal(stored[name], value)
+        assert torch.equal(finished[name], value.half())
+    assert any(not torch.equal(stored[name], weight) for name, weight in visual(trainer).items())
+    load_model(tmp_path / "run" / "last")

@@ -1,5 +1,4 @@
 import json
-import resource
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ from PIL import Image
 from mars.errors import TrainingError
 from mars.training import runlog
 from mars.training.runlog import RunLog
+from tests.conftest import files_end_at
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
@@ -49,13 +49,9 @@ def test_a_log_that_cannot_be_shortened_keeps_its_lines(tmp_path: Path, monkeypa
     for step in (1, 2, 3):
         log.write(step, {"loss": 1.0})
     log.close()
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))  # as on a full disk, or killed on the way
-    try:
-        with pytest.raises(TrainingError, match=r"cannot write .*log\.jsonl: .*; nothing was written"):
-            RunLog(tmp_path, step=2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    message = r"cannot write .*log\.jsonl: .*; nothing was written"
+    with files_end_at(20), pytest.raises(TrainingError, match=message):
+        RunLog(tmp_path, step=2)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
@@ -106,12 +102,8 @@ def test_half_a_line_at_the_end_is_dropped(tmp_path: Path) -> None:
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runlog, "find_spec", lambda name: None)
     log = RunLog(tmp_path / "run")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))  # as on a full disk
-    try:
-        with pytest.raises(TrainingError, match="cannot write the log in .*run: .*; make room and run again") as caught:
-            log.write(1, {"loss": 1.0})
-        log.close()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    message = "cannot write the log in .*run: .*; make room and run again"
+    with files_end_at(20), pytest.raises(TrainingError, match=message) as caught:
+        log.write(1, {"loss": 1.0})
+    log.close()
     assert "\n" not in str(caught.value)

@@ -264,7 +264,7 @@ def test_a_number_that_is_not_finite_stops_the_run_and_the_last_state_stays(
     with pytest.raises(TrainingError, match=message) as caught:
         trainer.train(lambda _: None)
     assert str(tmp_path / "run" / "last") in str(caught.value)
-    resumed = TokenizerTrainer(config_of(table, learning_rate=1e-4))
+    resumed = TokenizerTrainer(config_of(table, adversarial_from=0, learning_rate=1e-4))
     assert resumed.step == 4
     assert all(bool(torch.isfinite(tensor).all()) for tensor in state(resumed).values())
     weights, right = dict(trainer.tokenizer.named_parameters()), dict(resumed.tokenizer.named_parameters())
@@ -273,7 +273,9 @@ def test_a_number_that_is_not_finite_stops_the_run_and_the_last_state_stays(
 
 def test_a_state_of_another_run_is_one_line(table: dict[str, Any], tmp_path: Path) -> None:
     TokenizerTrainer(config_of(table)).save()
-    for changes in ({"seed": 1}, {"batch_size": 3}):
+    other = tmp_path / "other.tar"
+    write_pictures(other, list(read_pictures(Path(table["data"][0])))[1:])
+    for changes in ({"seed": 1}, {"batch_size": 3}, {"crop": 32}, {"adversarial_from": 7}, {"data": [str(other)]}):
         with pytest.raises(ConfigError, match=f"{next(iter(changes))} must stay"):
             TokenizerTrainer(config_of(table, **changes))
     assert TokenizerTrainer(config_of(table, steps=99, learning_rate=1e-5)).step == 0

@@ -56,6 +56,11 @@ class Document:
         if not learned and not any(isinstance(part, Text) and part.learned for part in self.parts[1:]):
             raise DataError(f"document {self.key} must hold an image that is drawn, or a learned text after an image")
 
+    @property
+    def is_edit(self) -> bool:
+        """Whether a source image is changed in it."""
+        return any(isinstance(part, CodedImage) and part.role == "source" for part in self.parts)
+
 
 def write_documents(path: Path, documents: Iterable[Document], *, tokenizer: str) -> int:
     """Writes a Parquet file, whole or not at all; returns how many documents it holds.

@@ -8,7 +8,7 @@ Letters: O outputs, I inputs, K rank.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -113,9 +113,9 @@ def lora_tensors(transformer: MarsTransformer) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in transformer.named_parameters() if ".lora_" in name}
 
 
-@torch.no_grad()
-def merged(weights: Mapping[str, Tensor], adapter: Adapter, *, scale: float = 1.0) -> dict[str, Tensor]:
-    """The weights that an adapter changes, W + scale * (alpha / rank) B A, computed in fp32 and kept in W's dtype.
+def merged(weights: Mapping[str, Tensor], adapter: Adapter, *, scale: float = 1.0) -> Iterator[tuple[str, Tensor]]:
+    """The weights that an adapter changes, with their names, one made after the other: W + scale * (alpha / rank) B A,
+    computed in fp32 and kept in W's dtype.
 
     Args:
         weights: the visual tensors of a model, by name; they are not changed.
@@ -124,7 +124,6 @@ def merged(weights: Mapping[str, Tensor], adapter: Adapter, *, scale: float = 1.
     Raises:
         CheckpointError: if the adapter is for a model of another shape.
     """
-    changed = {}
     for name, (a_KI, b_OK) in adapter.pairs.items():
         weight_OI = weights.get(f"{name}.weight")
         if weight_OI is None:
@@ -137,9 +136,14 @@ def merged(weights: Mapping[str, Tensor], adapter: Adapter, *, scale: float = 1.
                 f"{adapter.name} needs {name} of {len(b_OK)}x{a_KI.shape[1]}, but this model's is "
                 f"{'x'.join(map(str, weight_OI.shape))}; use the model that it was trained on"
             )
-        difference_OI = b_OK.float() @ a_KI.float() * (adapter.scale * scale)
-        changed[f"{name}.weight"] = (weight_OI.float() + difference_OI.to(weight_OI.device)).to(weight_OI.dtype)
-    return changed
+    return ((f"{name}.weight", _merge(weights[f"{name}.weight"], adapter, name, scale)) for name in adapter.pairs)
+
+
+@torch.no_grad()
+def _merge(weight_OI: Tensor, adapter: Adapter, name: str, scale: float) -> Tensor:
+    a_KI, b_OK = adapter.pairs[name]
+    difference_OI = b_OK.float() @ a_KI.float() * (adapter.scale * scale)
+    return (weight_OI.float() + difference_OI.to(weight_OI.device)).to(weight_OI.dtype)
 
 
 def adapter_of(

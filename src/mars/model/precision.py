@@ -6,16 +6,17 @@ int8    linear layers in 8 bits and tables in 16
 int4    linear layers in 4 bits and tables in 16
 """
 
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mars.errors import ConfigError
 from mars.memory import CLOSE_PROGRAMS, check_memory
 from mars.model.decoding import HalfWeights
 from mars.model.kernel import find_kernel
-from mars.model.quantized import BLOCK, Bits, QuantizedLinear, quantize_linears
+from mars.model.quantized import BLOCK, Bits, QuantizedLinear, check_fits, quantize_linears
 from mars.model.transformer import MarsTransformer, is_language
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
@@ -62,6 +63,34 @@ def lower_precision(transformer: MarsTransformer, precision: Precision) -> None:
                 module[name] = kept
             else:
                 setattr(module, name, kept)
+
+
+@torch.no_grad()
+def replace_weights(transformer: MarsTransformer, weights: Iterable[tuple[str, Tensor]], precision: Precision) -> None:
+    """Puts weights of linear layers in the place of those of the same names, before `lower_precision`; with 8 or 4 bits
+    each is rounded before the next is asked for, so that they never stand whole in memory.
+
+    Raises:
+        ModelError: if a width is no multiple of what 8 or 4 bits need.
+    """
+    for name, weight in weights:
+        parent, _, child = name.removesuffix(".weight").rpartition(".")
+        module = transformer.get_submodule(parent)
+        linear = getattr(module, child)
+        if is_rounded(precision):
+            check_fits(linear.in_features, name=f"model.{parent}.{child}")
+            setattr(module, child, QuantizedLinear(weight, linear.bias, bits=_BITS[precision]))
+        else:
+            linear.weight.copy_(weight)
+        del weight
+
+
+def halve_frozen(transformer: MarsTransformer) -> None:
+    """Keeps the matrices of frozen linear layers in bf16, for training whose products round them to bf16 anyway: they
+    take half the memory, no product casts them, and no graph holds the cast copies. Losses do not change by a bit."""
+    for module in transformer.modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.bfloat16()
 
 
 def bytes_needed(transformer: MarsTransformer, precision: Precision) -> int:

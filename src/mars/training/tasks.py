@@ -83,6 +83,7 @@ class TextToImage(Task[Drawing]):
     def draw(self, number: int, generator: torch.Generator) -> list[Drawing]:
         """Captions are emptied as often as the configuration says."""
         context, (count, rows) = self.context, self.size()
+        assert context.loader is not None
         share = context.config.guidance_dropout
         dropped = context.mine((torch.rand(count, generator=generator) < share).tolist())
         samples = context.loader.batch(number * count, count, rank=context.process.rank, ranks=context.process.world)
@@ -203,6 +204,7 @@ class Captioning(Task[Reading]):
     def draw(self, number: int, generator: torch.Generator) -> list[Reading]:  # noqa: ARG002
         """Whole pictures and their captions, of nearly equal length: the text is most of the work, and so padding."""
         context, count = self.context, self.context.config.batch_size
+        assert context.loader is not None
         samples = context.loader.batch_by_length(
             number * count,
             count,

@@ -20,9 +20,9 @@ from mars.checkpoint import (
     save_tensors,
     write_json,
 )
-from mars.data.shards import read_pictures
+from mars.data.shards import read_pictures, shard_paths
 from mars.errors import ConfigError, DataError
-from mars.files import atomic_folder, recover_folder
+from mars.files import atomic_folder, tidy_folder
 from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.image_tokenizer.losses import (
     PatchDiscriminator,
@@ -34,10 +34,12 @@ from mars.image_tokenizer.metrics import codebook_statistics, psnr
 from mars.image_tokenizer.model import ImageTokenizer, reconstruct
 from mars.image_tokenizer.quantizer import CodebookTrainer, rate_bias
 from mars.training.runlog import RunLog
-from mars.training.runstate import check_files, check_finite, read_state, write_state
+from mars.training.runstate import check_files, check_finite, files_digest, fixed_values, read_state, write_state
 
 RATE_PICTURES = 2048
 """Pictures on which it is measured how common codes are."""
+FREE = ("data", "out", "steps", "learning_rate", "warmup", "report_every", "save_every")
+"""What may change in a run that is continued; of the data the places may, not what is there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +173,11 @@ class TokenizerTrainer:
             self.discriminator.parameters(), lr=config.learning_rate / 2, betas=(0.5, 0.9)
         )
         self.step = 0
+        shards = [shard for path in config.data for shard in shard_paths(path)]
+        self.fixed = fixed_values(config, free=FREE) | {"data": files_digest(shards)}
+        """What a run that is continued must share."""
         self.last = config.out / "last"
-        recover_folder(self.last)
+        tidy_folder(self.last)
         if self.last.is_dir():
             self._resume()
 
@@ -266,14 +271,11 @@ class TokenizerTrainer:
         with atomic_folder(self.last) as folder:
             save_image_tokenizer(folder, self.tokenizer)
             save_tensors(folder / "state.safetensors", state)
-            write_state(folder, step=self.step, fixed=self._fixed())
-
-    def _fixed(self) -> dict[str, int | str]:
-        return {"seed": self.config.seed, "batch_size": self.config.batch_size}
+            write_state(folder, step=self.step, fixed=self.fixed)
 
     def _resume(self) -> None:
         check_files(self.last)
-        step, _ = read_state(self.last, fixed=self._fixed())
+        step, _ = read_state(self.last, fixed=self.fixed)
         load_into(self.tokenizer, read_tensors(self.last / "image_tokenizer.safetensors"), where=str(self.last))
         state = read_tensors(self.last / "state.safetensors")
 

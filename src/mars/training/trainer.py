@@ -4,7 +4,7 @@ RUN/checkpoints/   what a run continues from (`training.checkpoints`); RUN/last 
 RUN/model/         the finished model, fp16; or RUN/adapter/, if an adapter was trained
 RUN/log.jsonl      numbers, and RUN/tensorboard/ where the package is installed
 RUN/samples/       pictures
-RUN/skipped-step-000123.json   the batch after which a run gave up
+RUN/skipped-step-000123.json   the batch after which a run gave up; with `-rank-N`, what process N had of it
 """
 
 import json
@@ -21,16 +21,17 @@ from PIL import Image
 from torch import Tensor
 
 from mars.errors import ConfigError, TrainingError
-from mars.files import whole_file
+from mars.files import tidy_folder, whole_file
+from mars.model.precision import halve_frozen
 from mars.training.checkpoints import Checkpoints
 from mars.training.meters import Meter, Pace, measured_peak, peak_memory
 from mars.training.optim import Average, build_optimizers, optimizer_tensors, rate_at, restore_optimizers
 from mars.training.process import Process, choose_device, has_fast_bf16
 from mars.training.product import product_of
 from mars.training.runlog import RunLog
-from mars.training.runstate import continue_from, read_state, write_state
+from mars.training.runstate import continue_from, fixed_values, read_state, write_state
 from mars.training.setup import open_stage
-from mars.training.stages import StageConfig
+from mars.training.stages import FREE, StageConfig
 from mars.training.task import Task, TaskContext
 from mars.training.tasks import TaskMix
 
@@ -65,6 +66,8 @@ class Trainer:
         opened = open_stage(config, notify=notify)
         self.info, self.transformer = opened.info, opened.transformer
         self.product = product_of(config, opened)  # adapters are placed with the rest
+        if bf16:
+            halve_frozen(self.transformer)
         self.process.place(self.transformer, dtype=self.dtype)
         self.transformer.recompute = config.recompute
         if config.compile:
@@ -77,6 +80,7 @@ class Trainer:
                 text_tokenizer=opened.text_tokenizer,
                 loader=opened.loader,
                 held_out=opened.held_out,
+                documents=opened.documents,
             )
         )
         if config.batch_size < config.accumulate * self.process.world:
@@ -93,18 +97,10 @@ class Trainer:
         self.step = 0
         self.skipped = 0
         """Steps in a row whose numbers were not finite, up to now."""
-        self.fixed: dict[str, int | str] = {
-            "optimizer": config.optimizer.name,
-            "seed": config.seed,
-            "batch_size": config.batch_size,
-            "image_tokenizer": opened.loader.image_tokenizer,
-            "pictures": len(opened.loader),
-            "lora": "none" if config.lora is None else json.dumps(asdict(config.lora)),
-            "upscale": json.dumps(asdict(config.upscale)) if "upscale" in config.mix else "none",
-        }
-        """What decides the samples of each step; steps, rates and shares may change in a run that is continued."""
+        self.fixed = fixed_values(config, free=FREE) | {"tasks": config.mix} | opened.contents
+        """What a run that is continued must share, by the names of the configuration."""
         self.checkpoints = Checkpoints(config.out, keep=config.keep, process=self.process)
-        newest = self.process.decide(lambda: self.checkpoints.newest(notify=self.notify))
+        newest = self.process.decide(self._newest)
         if newest is not None:
             self._resume(newest)
 
@@ -177,11 +173,12 @@ class Trainer:
                 group["lr"] = group["peak"] * rate
         task, batch = self.mix.draw(self.step)
         torch.manual_seed(config.seed * 1_000_003 + self.step)  # for dropout in adapters
-        values = self._backward(task, batch, pace=pace)
+        own = self._backward(task, batch, pace=pace)
+        values = process.sum(own)
         values["gradient_norm"] = process.clip(self.weights.values(), limit=config.optimizer.clip)
         broken = {name: value for name, value in values.items() if not math.isfinite(value)}
         if broken:
-            self._skip(task, batch, broken)
+            self._skip(task, batch, broken, own)
         else:
             self.skipped = 0
             for optimizer in self.optimizers:
@@ -192,7 +189,7 @@ class Trainer:
         return values | {"skipped": float(bool(broken))}
 
     def _backward(self, task: Task[Any], batch: Sequence[Any], *, pace: Pace | None) -> dict[str, float]:
-        """Leaves the gradients of a batch in the weights, part by part; returns its losses."""
+        """Leaves the gradients of a batch in the weights, part by part; returns this process's share of its losses."""
         process, count = self.process, self.config.accumulate
         whole = process.sum({"targets": task.targets(batch)})["targets"]
         parts = [batch[part::count] for part in range(count)]
@@ -209,28 +206,38 @@ class Trainer:
                 sums[name] = sums.get(name, torch.zeros_like(value.detach())) + share * value.detach()
             if pace is not None:
                 pace.add(images=len(part), tokens=task.targets(part), flops=task.flops(part))
-        return process.sum({name: float(value) for name, value in sums.items()})
+        return {name: float(value) for name, value in sums.items()}
 
     def _autocast(self) -> torch.autocast:
         enabled = self.dtype is torch.bfloat16
         return torch.autocast(self.process.device.type, dtype=torch.bfloat16, enabled=enabled)
 
-    def _skip(self, task: Task[Any], batch: Sequence[Any], broken: Mapping[str, float]) -> None:
-        """Counts a step whose numbers are not finite, and gives up after too many in a row."""
+    def _skip(
+        self, task: Task[Any], batch: Sequence[Any], broken: Mapping[str, float], own: Mapping[str, float]
+    ) -> None:
+        """Counts a step whose numbers are not finite, and gives up after too many in a row.
+
+        Each process then stores its part of the batch with its `own` share of the losses, which tells whose it was.
+        """
         self.skipped += 1
         name, value = next(iter(broken.items()))
         found = f"{name} must be finite, got {value} at step {self.step}"
         if self.skipped < self.config.max_skipped:
             self.notify(f"{found}; the step is skipped")
             return
-        path = self.config.out / f"skipped-step-{self.step:06d}.json"
-        examples = [asdict(example) for example in batch]
-        if self.process.is_main:
+        stem, many = f"skipped-step-{self.step:06d}", self.process.world > 1
+        path = self.config.out / (f"{stem}-rank-{self.process.rank}.json" if many else f"{stem}.json")
+        table = {"step": self.step, "task": task.name, "values": {**broken, **own}}
+        table["examples"] = [asdict(example) for example in batch]
+        told = f"the batch is in {self.config.out / f'{stem}-rank-*.json' if many else path}"
+        try:
             with whole_file(path, error=TrainingError) as partial:
-                table = {"step": self.step, "task": task.name, "values": broken, "examples": examples}
                 partial.write_text(json.dumps(table, default=Tensor.tolist) + "\n", "utf-8")
+        except TrainingError as error:
+            told = str(error)
+        self.process.any(True)  # nobody ends, and so ends the others, before all have written
         rest = continue_from(self.checkpoints.last)
-        raise TrainingError(f"{found}, and so were {self.skipped} steps in a row; the batch is in {path}; {rest}")
+        raise TrainingError(f"{found}, and so were {self.skipped} steps in a row; {told}; {rest}")
 
     @torch.no_grad()
     def held_out_loss(self) -> float | None:
@@ -274,6 +281,11 @@ class Trainer:
         weights = self.process.whole(self.average.values if self.average is not None else self.weights)
         if self.process.is_main:
             self.product.write(folder, weights, dtype=dtype)
+
+    def _newest(self) -> Path | None:
+        """The checkpoint to continue from; what a killed process left half written is removed."""
+        tidy_folder(self.config.out / self.product.name)
+        return self.checkpoints.newest(notify=self.notify)
 
     def _resume(self, folder: Path) -> None:
         step, progress = read_state(folder, fixed=self.fixed)
