@@ -29,9 +29,25 @@ def start(command: list[str | Path]) -> "subprocess.Popen[bytes]":
 
 def commands(source: Path, work: Path, model: Path) -> dict[str, list[str | Path]]:
     """The three commands, by the folder that each of them writes."""
-    ingest = ["--caption", "text_en:en", "--caption", "text_zh:zh", "--shard-pictures", "9", "--workers", "1"]
-    curate = ["--set", "size.least_side=32", "--set", "captions.required=2", "--set", "duplicates.keep=first"]
-    encode = ["--image-tokenizer", model, "--size", "48", "--size", "96", "--crop", "random"]
+    ingest: list[str | Path] = [
+        "--caption",
+        "text_en:en",
+        "--caption",
+        "text_zh:zh",
+        "--shard-pictures",
+        "9",
+        "--workers",
+        "1",
+    ]
+    curate: list[str | Path] = [
+        "--set",
+        "size.least_side=32",
+        "--set",
+        "captions.required=2",
+        "--set",
+        "duplicates.keep=first",
+    ]
+    encode: list[str | Path] = ["--image-tokenizer", model, "--size", "48", "--size", "96", "--crop", "random"]
     return {
         "set": ["ingest", source, "--out", work / "set", *ingest],
         "good": ["curate", work / "set", "--out", work / "good", *curate],

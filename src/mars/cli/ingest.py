@@ -2,12 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mars.cli.options import Debug
 from mars.cli.progress import bar
+
+if TYPE_CHECKING:
+    from mars.data.ingestion.ingest import IngestReport
 
 
 def ingest(
@@ -66,6 +69,10 @@ def ingest(
             max_bytes=shard_megabytes << 20,
             progress=progress,
         )
+    _tell(report, out)
+
+
+def _tell(report: "IngestReport", out: Path) -> None:
     typer.echo(f"{out}: {report.pictures:,} pictures in {report.shards:,} shards")
     for name, lacking in report.lacks.items():
         typer.echo(f"  no column {' and no '.join(lacking)} in {name}; its captions are the others that were named")
