@@ -10,9 +10,9 @@
     joint    the same with one vocabulary and a plain loss over all of it, as when an LLM's vocabulary is enlarged
 
 The LLM's real weights, a visual expert copied from it in every layer, 8,192 codes. A step is forward, backward and
-AdamW (PyTorch's fastest, `fused`, for all). With bf16, a frozen LLM is kept in it, as in training, wherever there is one. `ours`, `select` and `routed` have the same weights and batch, and their
-losses are compared in fp32 before anything is timed. Captions come as from length buckets, with less than 10 % of
-padding.
+AdamW (PyTorch's fastest, `fused`, for all). With bf16, a frozen LLM is kept in it, as in training, wherever there is
+one. `ours`, `select` and `routed` have the same weights and batch, and their losses are compared in fp32 before
+anything is timed. Captions come as from length buckets, with less than 10 % of padding.
 
 Time: the variants take turns, and the median of each one's repeats counts; a ratio is the median of the ratios within a
 turn. Memory: each variant runs two steps in a process of its own (the second has optimizer states and activations at
