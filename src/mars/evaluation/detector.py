@@ -91,8 +91,8 @@ def _along_rows(numbers: npt.NDArray[np.int64], ink: Mask) -> npt.NDArray[np.int
     runs = np.cumsum(~ink, axis=1) * (numbers.size + 1)
     forward = np.maximum.accumulate(numbers + runs, axis=1) - runs
     runs = runs[:, -1:] - runs
-    back = np.maximum.accumulate((forward + runs)[:, ::-1], axis=1)[:, ::-1] - runs
-    return back * ink
+    largest: npt.NDArray[np.int64] = np.maximum.accumulate((forward + runs)[:, ::-1], axis=1)[:, ::-1] - runs
+    return np.where(ink, largest, 0)
 
 
 def _sharp(ink: npt.NDArray[np.float64], rough: Mask) -> Mask:
