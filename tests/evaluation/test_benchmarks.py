@@ -70,7 +70,8 @@ def test_the_benchmark_writes_the_same_report_each_time(pipe: MarsPipeline, shar
         assert figures["top1"]["ceiling"] == trained["en"]["top1"]["ceiling"]
         assert figures["top1"]["model"] <= figures["top5"]["model"]
     names = ["drawn-en.png", "drawn-zh.png", "predictions.jsonl", "reconstructions.png", "report.json", "report.md"]
-    assert sorted(file.name for file in (tmp_path / "1").iterdir()) == names
+    names += ["plots.png"] if find_spec("matplotlib") else []
+    assert {file.name for file in (tmp_path / "1").iterdir()} == set(names)
     found = lines(tmp_path / "1")
     assert len(found) == 2 * (3 + 1 + 1 + 1 + 1)
     assert {line["language"] for line in found} == {"en", "zh"}

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from mars.evaluation.composition import CATEGORIES, Truth, choose_tasks, score
 from mars.evaluation.config import EmojiBench, EvaluationConfig
 from mars.evaluation.drawing import BATCH, Artist
 from mars.evaluation.features import PACKAGE, EfficientNetLite0
+from mars.evaluation.plots import plot
 from mars.evaluation.questions import CANDIDATES, LANGUAGES, POOL
 from mars.evaluation.report import Pair, contact_sheet, open_folder, write_report
 from mars.evaluation.retrieval import FLOOR_PICTURES, SHEET, Gallery, Retrieval, ask
@@ -83,6 +85,10 @@ def evaluate(
         _measure_emoji(run, config.emoji)
     if config.composition is not None:
         _measure_composition(run, prompts=config.composition.prompts)
+    if find_spec("matplotlib") is None:
+        say("no plots.png: matplotlib is not installed; run: pip install 'mars-t2i[eval]'")
+    elif (plots := plot(run.report)) is not None:
+        run.pictures["plots"] = plots
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in run.predictions)
     digest = f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
     report = {**run.report, "predictions_digest": digest, "notes": run.notes, "seconds": run.seconds}
