@@ -30,7 +30,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small numbers of everything."""
     monkeypatch.setattr(questions, "CANDIDATES", 6)
     monkeypatch.setattr(questions, "POOL", 10)
-    for name, value in (("CANDIDATES", 6), ("FLOOR_PICTURES", 3), ("COMPARED", 4)):
+    for name, value in (("CANDIDATES", 6), ("FLOOR_PICTURES", 3), ("COMPARED", 4), ("DISTRIBUTION", 4)):
         monkeypatch.setattr(retrieval, name, value)
     monkeypatch.setattr(drawing, "BATCH", 2)
     monkeypatch.setattr(composition, "SEARCHED", 4000)
@@ -53,17 +53,21 @@ def lines(folder: Path) -> list[dict]:
 
 @needs_networks
 @pytest.mark.usefixtures("few")
-def test_the_benchmark_writes_the_same_report_each_time(pipe: MarsPipeline, shard: Path, tmp_path: Path) -> None:
+def test_the_benchmark_writes_the_same_report_each_time(
+    pipe: MarsPipeline, shard: Path, clip_folder: Path, tmp_path: Path
+) -> None:
     said: list[str] = []
-    first = evaluate(
-        pipe,
-        emoji(shard, tmp_path / "1", prompts=3, diverse_prompts=2, seeds=2, memorisation=True),
-        say=said.append,
-    )
+    extras = {"diverse_prompts": 2, "seeds": 2, "memorisation": True, "clip": clip_folder}
+    config = emoji(shard, tmp_path / "1", prompts=3, distribution=str(clip_folder), **extras)
+    first = evaluate(pipe, config, say=said.append)
     second, differences = replay(pipe, tmp_path / "1" / "report.json", out=tmp_path / "2")
     assert differences == []
     assert first["predictions_digest"] == second["predictions_digest"]
     assert list(first["retrieval"]) == list(SETS)
+    assert {"diversity", "memorisation"} <= first.keys()
+    assert (first["clip"]["pictures"], first["clip"]["choices"]) == (3, 3)
+    distribution = first["distribution"]
+    assert (distribution["drawn"]["pictures"], distribution["true_pictures"], distribution["features"]) == (6, 4, 8)
     trained = first["retrieval"]["trained names"]
     assert {language: figures["prompts"] for language, figures in trained.items()} == {"en": 3, "zh": 3}
     for figures in trained.values():

@@ -32,6 +32,7 @@ from mars.cli.options import (
     say,
 )
 from mars.cli.progress import bar
+from mars.cli.prompts import prompts
 from mars.cli.upscale import upscale
 from mars.errors import MarsError, PromptError, RequestError
 
@@ -69,6 +70,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")
 app.command()(init)
 app.command()(upscale)
+app.command()(prompts)
 app.command(name="eval")(evaluate)
 
 

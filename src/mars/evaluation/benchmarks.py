@@ -19,9 +19,11 @@ from PIL import Image
 
 import mars
 from mars.config import from_dict, to_dict
+from mars.data.curation.clip import Clip
 from mars.data.scenes import draw_scene
 from mars.data.shards import Picture, read_pictures
 from mars.errors import DataError, ModelError
+from mars.evaluation.agreement import agreement
 from mars.evaluation.composition import CATEGORIES, Truth, choose_tasks, score
 from mars.evaluation.config import EmojiBench, EvaluationConfig
 from mars.evaluation.drawing import BATCH, Artist
@@ -120,6 +122,20 @@ def _measure_emoji(run: _Run, bench: EmojiBench) -> None:
     if bench.memorisation:
         with run.measure("memorisation"):
             run.report["memorisation"] = gallery.memorisation(found.drawings[first])
+    if bench.clip is not None:
+        with run.measure("CLIP"):
+            english = found.drawings[first][: len(asked.questions[first])]
+            agreed = agreement(
+                Clip(bench.clip),
+                [one.image for one in english],
+                [one.prompt for one in english],
+                seed=run.config.seed,
+            )
+            run.report["clip"] = {"network": bench.clip.name, **agreed}
+    if bench.distribution is not None:
+        with run.measure("FID and KID"):
+            drawn = [one.image for one in found.drawings[first]]
+            run.report["distribution"] = gallery.distribution(drawn, network=bench.distribution)
     with run.measure("image tokenizer"):
         held_out = [picture for picture in shard.values() if picture.record.split != "train"]
         run.report["image_tokenizer"], run.pictures["reconstructions"] = tokenizer_benchmark(

@@ -25,6 +25,10 @@ class EmojiBench:
     """Pictures of each of those."""
     memorisation: bool = False
     """Whether drawn pictures are compared with every training picture of the shard."""
+    distribution: str | None = None
+    """The network of FID and KID, as `distribution.open_network` takes it; without one they are left out."""
+    clip: Path | None = None
+    """A folder with a CLIP, for CLIPScore and R-precision of the English prompts."""
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.sets if name not in SETS]:

@@ -46,11 +46,12 @@ class Artist:
     seed: int
     """Of the first picture of whatever is drawn; the others count up from it."""
 
-    def draw(self, prompts: Sequence[str]) -> list[Drawing]:
-        """One picture for each prompt."""
+    def draw(self, prompts: Sequence[str], *, first: int = 0) -> list[Drawing]:
+        """One picture for each prompt; `first` is the number of the first, which its seed counts from."""
         drawn: list[Drawing] = []
         for some in batches(prompts):
-            seeds = [self.seed + len(drawn) + index for index in range(len(some))]
+            start = self.seed + first + len(drawn)
+            seeds = list(range(start, start + len(some)))
             images = self.pipe(list(some), seed=seeds, sampling=self.sampling).images
             drawn += [
                 Drawing(prompt=prompt, seed=seed, image=image)

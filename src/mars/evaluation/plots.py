@@ -39,7 +39,7 @@ def plot(report: dict[str, Any]) -> Image.Image | None:
                 label = word if place == 0 else None
                 axes.hlines(levels, [x - 0.18 for x in places], [x + 0.18 for x in places], "black", style, label=label)
         axes.set_xticks(range(len(names)), names)
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, 1.05)
         axes.set_ylabel(title)
         axes.legend(loc="upper right", ncols=4)
     png = io.BytesIO()

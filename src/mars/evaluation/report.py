@@ -104,6 +104,8 @@ def markdown(report: dict[str, Any]) -> str:
         "retrieval": _retrieval,
         "diversity": _diversity,
         "memorisation": _memorisation,
+        "clip": _clip,
+        "distribution": _distribution,
         "composition": _composition,
         "image_tokenizer": _image_tokenizer,
     }
@@ -175,6 +177,34 @@ def _memorisation(figures: dict[str, Any], _: dict[str, Any]) -> list[str]:
     for key, name in names.items():
         one = figures[key]
         lines.append(f"| {name} | {one['pictures']} | {one['mean']:.3f} | {one['least']:.3f} | {one['copies']:.1%} |")
+    return lines
+
+
+def _clip(figures: dict[str, Any], _: dict[str, Any]) -> list[str]:
+    cells = [
+        "{:.3f} ({:.3f}..{:.3f})".format(figures[name], *figures[f"{name}_interval"])
+        for name in ("clip_score", "r_precision")
+    ]
+    return [
+        f"CLIPScore {cells[0]} and R-precision among {figures['choices']} prompts {cells[1]}, by {figures['network']}, "
+        f"{figures['pictures']} pictures.",
+    ]
+
+
+def _distribution(figures: dict[str, Any], _: dict[str, Any]) -> list[str]:
+    names = {"drawn": "drawn", "other_true": "other true pictures", "rebuilt": "the same, reconstructed (rFID)"}
+    lines = [
+        f"Distance to {figures['true_pictures']} training pictures by {figures['features']} features of "
+        f"{figures['network']}. FID of so few pictures is too large; compare it within a column of equal n only.",
+        "",
+        "| pictures | n | FID | KID |",
+        "|---|--:|--:|--:|",
+    ]
+    for key, name in names.items():
+        one = figures[key]
+        lines.append(
+            f"| {name} | {one['pictures']} | {one['fid']:.3f} | {one['kid']:.4f} +- {one['kid_deviation']:.4f} |"
+        )
     return lines
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from mars.data.shards import Picture
 from mars.errors import DataError
 from mars.evaluation.config import EmojiBench
+from mars.evaluation.distribution import described, distances, features_of, open_network
 from mars.evaluation.drawing import BATCH, Artist, Drawing
 from mars.evaluation.features import EfficientNetLite0
 from mars.evaluation.metrics import hits, interval, ranks, resample, summary
@@ -33,6 +34,8 @@ SHEET = 32
 TOPS = (1, 5)
 SMALL = 32
 """Pixels on each side of the pictures whose distance says whether one is a copy."""
+DISTRIBUTION = 512
+"""True pictures that FID and KID compare with, at most."""
 COMPARED = 256
 """Most true pictures of a kind that are compared with all training pictures."""
 
@@ -217,6 +220,22 @@ class Gallery:
                 for name, found in nearest.items()
             },
         }
+
+    def distribution(self, drawn: Sequence[Image.Image], *, network: str) -> dict[str, Any]:
+        """FID and KID to training pictures: of drawn pictures, of other training pictures (what is left for two sets of
+        the same), and of reconstructions of the same pictures (the image tokenizer's rFID).
+        """
+        seeing = open_network(network)
+        keys = sorted(key for key, picture in self.shard.items() if picture.record.split == "train")
+        shown = _spread([_open(self.shard[key]) for key in keys], 2 * DISTRIBUTION)
+        true, other = shown[::2], shown[1::2]
+        sets = {"drawn": drawn, "other_true": other, "rebuilt": self.artist.rebuild(true)}
+        true_ND = features_of(seeing, true)
+        figures = {
+            name: distances(true_ND, features_of(seeing, pictures), seed=self.artist.seed)
+            for name, pictures in sets.items()
+        }
+        return {"network": described(network), "features": true_ND.shape[1], "true_pictures": len(true), **figures}
 
 
 def _spread(pictures: Sequence[Image.Image], count: int) -> list[Image.Image]:
