@@ -42,8 +42,6 @@ def test_figures_are_measured_and_replayed(run: Run, tiny_model: Path, tiny_pict
     report = json.loads(out)
     assert report == json.loads(Path("first/report.json").read_text("utf-8"))
     assert report["config"]["emoji"]["prompts"] == report["retrieval"]["trained names"]["zh"]["prompts"] == 1
-    code, out, _ = run("eval", "--replay", "first/report.json")
-    assert (code, json.loads(out)) == (0, {"same": True, "differences": []})
     report["retrieval"]["trained names"]["zh"]["top1"]["floor"] = 2
     Path("first/report.json").write_text(json.dumps(report))
     code, out, err = run("eval", "--replay", "first/report.json", "--out", "third")

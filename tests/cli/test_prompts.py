@@ -22,10 +22,7 @@ def test_an_official_file_is_drawn_where_its_scorer_looks(run: Run, tiny_model: 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (
-            ["draw", "x.txt", "--out", "out"],
-            "the bench must be one of coco, t2i-compbench, geneval, got drawbench",
-        ),
+        (["draw", "x.txt", "--out", "out"], "the bench must be one of coco, t2i-compbench, geneval, got draw"),
         (["geneval", "x.txt", "--out", "out", "--features", "y"], "give --true, too"),
         (["geneval", "x.txt"], "--out"),
     ],
