@@ -11,6 +11,7 @@ from mars.checkpoint import codes_digest, load_image_tokenizer
 from mars.config import from_dict, load_config, to_dict
 from mars.data.shards import read_codes
 from mars.errors import ConfigError
+from mars.evaluation.config import EvaluationConfig
 from mars.training.stages import STAGES, StageConfig
 from mars.training.tokenizer_trainer import TokenizerTrainingConfig
 
@@ -120,8 +121,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_configuration_that_comes_along_loads(path: Path) -> None:
-    stage = tomllib.loads(path.read_text("utf-8"))["stage"]
-    load_config(TokenizerTrainingConfig if stage == "tokenizer" else StageConfig, path)
+    stage = tomllib.loads(path.read_text("utf-8")).get("stage", "evaluation")
+    kinds = {"tokenizer": TokenizerTrainingConfig, "evaluation": EvaluationConfig}
+    load_config(kinds.get(stage, StageConfig), path)
 
 
 def test_the_codes_that_come_along_are_those_of_the_image_tokenizer_that_does() -> None:

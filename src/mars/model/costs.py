@@ -183,15 +183,16 @@ class FlopCount:
         """A picture drawn after a prompt, which is read.
 
         Args:
-            guided: with guidance there is a second row, whose text is taken to be as long as the prompt.
+            guided: with guidance there is a second row, whose text is taken to be as long as the prompt; the head runs
+                once for both.
             low: positions of a picture of lower resolution that is read first.
             block: codes of a step.
         """
         before = prompt + low
         pairs = codes * before + codes * (codes + block) // 2
         row = self.read_text(prompt) + (self.read_image(low, before=prompt) + codes * self.low if low else 0)
-        row += codes * (self.image_linear + self.image_head) + self.pair * self.visual_layers * pairs
-        return row * (2 if guided else 1)
+        row += codes * self.image_linear + self.pair * self.visual_layers * pairs
+        return row * (2 if guided else 1) + codes * self.image_head
 
     def train_text_to_image(self, *, caption: int, codes: int, low: int = 0) -> int:
         """One training sample: the caption is read without a graph, the codes are predicted.
