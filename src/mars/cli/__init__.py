@@ -33,6 +33,7 @@ from mars.cli.options import (
     say,
 )
 from mars.cli.progress import bar
+from mars.cli.serve import serve
 from mars.cli.upscale import upscale
 from mars.cli.write import write
 from mars.errors import MarsError, PromptError, RequestError
@@ -74,6 +75,7 @@ app.command()(upscale)
 app.command()(edit)
 app.command()(bench)
 app.command()(write)
+app.command()(serve)
 
 
 def _standard_input() -> str:
