@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -59,6 +59,9 @@ def running(pipe: MarsPipeline, settings: Settings) -> Iterator[Running]:
         assert not thread.is_alive()
 
 
+Start = Callable[..., AbstractContextManager[Running]]
+
+
 @pytest.fixture(scope="session")
 def started(tiny_model: Path) -> Iterator[Running]:
     """A server that lets everybody ask."""
@@ -67,7 +70,7 @@ def started(tiny_model: Path) -> Iterator[Running]:
 
 
 @pytest.fixture
-def start(tiny_model: Path) -> Callable[..., object]:
+def start(tiny_model: Path) -> Start:
     """Starts a server with other settings, as a context."""
     return lambda **settings: running(MarsPipeline.from_pretrained(tiny_model), Settings(**settings))
 

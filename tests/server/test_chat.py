@@ -102,18 +102,23 @@ def test_text_and_pictures_come_in_turns(painter: Running) -> None:
 
 def test_chats_that_cannot_be_are_refused(client: OpenAI) -> None:
     image = Image.new("RGB", (48, 32))
-    far = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://example.org/a.png"}}]}]
+    whole, twice = shown(image)[0]["content"], shown(image)
+    twice[0]["content"] = [*whole, *whole]
+
+    def pointing(address: str) -> list[Any]:
+        return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": address}}]}]
+
     cases: list[tuple[Any, dict[str, Any], str]] = [
-        (far, {}, "the server fetches nothing"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,@"}}]}], {}, "valid base64"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}]}], {}, "not a picture"),
+        (pointing("http://example.org/a.png"), {}, "the server fetches nothing"),
+        (pointing("data:image/png;base64,@"), {}, "valid base64"),
+        (pointing("data:image/png;base64,aaaa"), {}, "not a picture"),
         ([{"role": "user", "content": " "}], {}, "the text must not be empty"),
         ([{"role": "assistant", "content": "x"}], {}, "the last message must be the user's"),
         ([], {}, "messages"),
         ([{"role": "user", "content": "x" * 9000}], {}, "at most 8,000 characters"),
         ([{"role": "user", "content": "x" * 500}], {}, "must be shorter than"),
         ([{"role": "user", "content": "x"}], {"max_tokens": 5000}, "max_tokens must be at most 1024"),
-        ([{"role": "user", "content": [*shown(image)[0]["content"], *shown(image)[0]["content"]]}], {}, "one image to caption, got 2"),
+        (twice, {}, "one image to caption, got 2"),
         (shown(image, ""), {"extra_body": {"modalities": ["image", "text"]}}, "a text to begin with"),
         ([{"role": "user", "content": "x"}], {"n": 2}, "n: "),
     ]  # fmt: skip

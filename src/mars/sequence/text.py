@@ -64,9 +64,7 @@ class TextTokenizer:
         """The text of ids, without control tokens. `decode(encode(text))` is `text` (NFC for Qwen)."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-    def apply_chat(
-        self, text: str, *, system: str | None = None, before: Sequence[tuple[str, str]] = ()
-    ) -> list[int]:
+    def apply_chat(self, text: str, *, system: str | None = None, before: Sequence[tuple[str, str]] = ()) -> list[int]:
         """The ids of a user's message in the LLM's chat template, up to where the answer starts.
 
         `before` is what was said so far, as (`user` or `assistant`, text). The template's control tokens count, those

@@ -53,7 +53,7 @@ def routes(service: Service) -> APIRouter:
     ) -> Response:
         """Answer, caption, or write and paint in turns."""
         chat = await _check(service, asked)
-        service.note(request, prompt=chat.prompt, user=asked.user)
+        service.note(request, prompt=chat.prompt, user=asked.safety_identifier or asked.user)
         await service.moderate(chat.prompt)
         hearing = service.ask(request, chat.pieces)
         streams = False

@@ -75,9 +75,11 @@ def from_validation(error: RequestValidationError) -> ApiError:
         return ApiError(400, "the body must be valid JSON", code="invalid_json")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"unknown parameter: {where}", code="unknown_parameter", param=where)
+    if not where:
+        return ApiError(400, "the body must be a JSON object, sent as Content-Type: application/json")
     if first["type"] == "missing":
-        return ApiError(400, f"{where or 'a body'} must be given", code="missing_parameter", param=where or None)
-    return ApiError(400, f"{where}: {first['msg']}", code="invalid_value", param=where or None)
+        return ApiError(400, f"{where} must be given", code="missing_parameter", param=where)
+    return ApiError(400, f"{where}: {first['msg']}", code="invalid_value", param=where)
 
 
 async def answer_validation(_request: Request, error: Exception) -> Response:

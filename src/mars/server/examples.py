@@ -7,8 +7,8 @@ _ERROR = {
 }
 _PNG = "iVBORw0KGgo..."
 _DOT = (
-    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAFUlEQVR42mO4Y2REEmIY1TCqYfhqAAARZhgfF3N8"
-    "AwAAAABJRU5ErkJggg=="
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAFklEQVR42mP8z0AaYGIY1TCqYdhqAA"
+    "BALgEfFO4+AgAAAABJRU5ErkJggg=="
 )
 GENERATION: Any = {
     "a picture": {"value": {"prompt": "red apple", "seed": 1}},

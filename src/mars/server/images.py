@@ -59,7 +59,7 @@ def routes(service: Service) -> APIRouter:
             draw_order, prompt=asked.prompt, n=what.n, seed=what.seed, width=width, height=height,
             negative_prompt=asked.negative_prompt or "", sampling=sampling_of(asked),
         )  # fmt: skip
-        return await _draw(service, request, what, begin, user=asked.user)
+        return await _draw(service, request, what, begin, user=asked.safety_identifier or asked.user)
 
     @router.post("/edits", responses=examples.IMAGES)
     async def edits(form: Annotated[EditForm, Form(media_type="multipart/form-data")], request: Request) -> Response:
@@ -73,7 +73,7 @@ def routes(service: Service) -> APIRouter:
             limits=service.settings.limits,
         )  # fmt: skip
         begin = _editing(form, what, page, prompt=form.prompt, mask=hole)
-        return await _draw(service, request, what, begin, user=form.user)
+        return await _draw(service, request, what, begin, user=form.safety_identifier or form.user)
 
     @router.post("/variations", responses=examples.IMAGES)
     async def variations(
@@ -85,7 +85,7 @@ def routes(service: Service) -> APIRouter:
             await form.image.read(), size=_first_size(service), limits=service.settings.limits, param="image"
         )
         begin = _editing(form, what, page, prompt=form.prompt, vary=form.strength)
-        return await _draw(service, request, what, begin, user=form.user)
+        return await _draw(service, request, what, begin, user=form.safety_identifier or form.user)
 
     return router
 

@@ -25,6 +25,7 @@ class DrawFields(Asked):
     size: str | None = Field(None, description="WIDTHxHEIGHT, a size that the model was trained on, or auto.")
     response_format: Literal["b64_json", "url"] | None = Field(None, description="url is a data URL.")
     user: str | None = Field(None, max_length=512, description="Noted in the log.")
+    safety_identifier: str | None = Field(None, max_length=512, description="The newer name of user.")
     seed: int | None = Field(None, ge=0, lt=2**63, description="The same seed draws the same picture.")
     negative_prompt: Text | None = Field(None, description="What guidance moves away from.")
     guidance_scale: float | None = Field(None, ge=0, le=100, description="1 is no guidance.")
@@ -48,7 +49,7 @@ class StreamFields(DrawFields):
     output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp, 100 by default.")
     stream: bool | None = Field(None, description="Server-sent events.")
     partial_images: int | None = Field(None, ge=0, le=3, description="Previews of each picture, with stream.")
-    quality: Literal["auto", "standard", "low", "medium", "high", "hd"] | None = Field(
+    quality: Literal["auto", "standard", "hd", "low", "medium", "high", "xhigh", "max"] | None = Field(
         None, description="Changes nothing: there is one quality."
     )
     background: Literal["auto", "opaque"] | None = Field(None, description="Pictures are opaque.")
@@ -67,6 +68,7 @@ class EditForm(StreamFields):
     prompt: Text = Field("", description="What the whole picture is to show.")
     image: UploadFile | None = Field(None, description="PNG, JPEG or WebP.")
     images: list[UploadFile] | None = Field(None, alias="image[]", description="The same; one is all there may be.")
+    input_fidelity: Literal["high", "low"] | None = Field(None, description="Changes nothing.")
     mask: UploadFile | None = Field(
         None,
         description="As large as the image, transparent (or white) where it is drawn anew; default: the image's own "
@@ -142,4 +144,5 @@ class ChatRequest(Asked):
         None, description="Of a caption; default: Chinese if the question has Chinese characters."
     )
     n: Literal[1] | None = None
-    user: str | None = Field(None, max_length=512)
+    user: str | None = Field(None, max_length=512, description="Noted in the log.")
+    safety_identifier: str | None = Field(None, max_length=512, description="The newer name of user.")

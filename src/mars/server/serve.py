@@ -23,12 +23,9 @@ def bind(host: str, port: int) -> socket.socket:
     """
     try:
         family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
+        return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         raise RequestError(f"{host}:{port} cannot be listened on ({error}); choose another host or port") from None
-    return listening
 
 
 def serve(pipe: MarsPipeline, listening: socket.socket, settings: Settings) -> None:
