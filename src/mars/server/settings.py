@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from mars.errors import ConfigError
+from mars.files import reason
 
 KEYS_VARIABLE = "MARS_API_KEYS"
 
@@ -93,7 +94,7 @@ def read_keys(file: Path | None, *, environment: Mapping[str, str]) -> Keys:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file} must be a text file with an API key a line, got: {error}") from None
+            raise ConfigError(f"{file} must be a text file with an API key a line, got: {reason(error)}") from None
         keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         if not keys:
             raise ConfigError(f"{file} must hold an API key a line, got none")

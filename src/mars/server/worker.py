@@ -126,6 +126,8 @@ class Worker:
                 raise ApiError(
                     429, f"the queue is full; ask again in {seconds} s", headers={"Retry-After": str(seconds)}
                 )
+            if not self.held:
+                self._freed = time.monotonic()
             self.held += size
             job = Job(begin=begin, size=size, previews=previews)
             self._inbox.put(job)
