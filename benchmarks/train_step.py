@@ -10,9 +10,9 @@
     joint    the same with one vocabulary and a plain loss over all of it, as when an LLM's vocabulary is enlarged
 
 The LLM's real weights, a visual expert copied from it in every layer, 8,192 codes. A step is forward, backward and
-AdamW (PyTorch's fastest, `fused`, for all). `ours`, `select` and `routed` have the same weights and batch, and their
-losses are compared in fp32 before anything is timed. Captions come as from length buckets, with less than 10 % of
-padding.
+AdamW (PyTorch's fastest, `fused`, for all). With bf16, a frozen LLM is kept in it, as in training, wherever there is
+one. `ours`, `select` and `routed` have the same weights and batch, and their losses are compared in fp32 before
+anything is timed. Captions come as from length buckets, with less than 10 % of padding.
 
 Time: the variants take turns, and the median of each one's repeats counts; a ratio is the median of the ratios within a
 turn. Memory: each variant runs two steps in a process of its own (the second has optimizer states and activations at
@@ -39,6 +39,7 @@ from benchmarks.train_baselines import Joint, Mix, Routed, Select, Shared, share
 from mars.model.base_llm import open_base_llm
 from mars.model.cache import Prefix
 from mars.model.config import ModelConfig
+from mars.model.precision import halve_frozen
 from mars.model.transformer import MarsTransformer, build_transformer, read_prefixes, start_visual
 from mars.sequence.layout import Segment, drawn_image, read_image, text_segment, written_text
 from mars.training.losses import captioning_loss, text_to_image_loss
@@ -216,6 +217,8 @@ def _resident(name: str) -> int:
 def measure_memory(variant: str, task: str, case: Case, dtype: torch.dtype, language: str) -> tuple[int, int]:
     """Bytes of the weights, and what two steps need beside them at most; for a process of its own."""
     step = _make_step(variant, task, case, dtype, build(language))
+    if dtype is torch.bfloat16 and variant not in DENSE:
+        halve_frozen(step.transformer)
     for weight in step.transformer.parameters():
         weight.sum()  # what is mapped from a file comes into memory when it is read
     weights = sum(weight.numel() * weight.element_size() for weight in step.transformer.parameters())
@@ -248,6 +251,8 @@ def measure(case: Case, task: str, *, dtype: torch.dtype, language: str, repeats
     dense = _make_step("shared", task, case, dtype, build(language))
     steps = [replace(dense if name in DENSE else first, variant=name) for name in variants(task)]
     losses = compare_losses(steps)
+    if dtype is torch.bfloat16:
+        halve_frozen(first.transformer)
     operations = {step.variant: count_operations(step) for step in steps}
     seconds = measure_times(steps, repeats=repeats)
     figures = {

@@ -70,7 +70,8 @@ def png_that_claims(width: int, height: int) -> bytes:
 
 def captions(number: int) -> dict[str, str]:
     """One caption per language, different for different numbers."""
-    from mars.data.scenes import captions_of, make_scene
+    from mars.data.scene_words import captions_of
+    from mars.data.scenes import make_scene
 
     texts = {one.language: one.text for one in captions_of(make_scene(number, seed=1)) if one.kind == "scene"}
     return {

@@ -1,14 +1,17 @@
 """A tiny model, and a tiny picture shard with captions in two languages."""
 
 import io
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from mars.checkpoint import MarsModel, ModelInfo
+from mars.data.curation.clip import Clip
 from mars.data.shards import Caption, Picture, Record, write_pictures
 from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.image_tokenizer.model import ImageTokenizer
@@ -86,3 +89,36 @@ def shard(tmp_path: Path, pictures: dict[str, Picture]) -> Path:
     """The same pictures as a file."""
     write_pictures(tmp_path / "pictures.tar", pictures.values())
     return tmp_path / "pictures.tar"
+
+
+class _Unread(Clip):
+    """With weights as PyTorch starts them."""
+
+    def _load(self, folder: Path) -> list[Path]:
+        torch.manual_seed(0)
+        for weight in self.parameters():
+            torch.nn.init.normal_(weight, std=0.2)
+        return []
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP that has learned nothing."""
+    folder = tmp_path_factory.mktemp("clip")
+    words = ["<|startoftext|>", "<|endoftext|>", *(f"{number}" for number in range(40))]
+    layers = {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
+    config = {
+        "text_config": {**layers, "vocab_size": len(words), "max_position_embeddings": 8},
+        "vision_config": {**layers, "image_size": 32, "patch_size": 8},
+        "projection_dim": 8,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|startoftext|> $0 <|endoftext|>", special_tokens=[(word, words.index(word)) for word in words[:2]]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    save_file(_Unread(folder).state_dict(), folder / "model.safetensors")
+    return folder

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from mars.data.shards import Picture, write_pictures
-from mars.errors import DataError, RequestError
-from mars.evaluation import benchmarks, questions
-from mars.evaluation.benchmarks import retrieval_benchmark, tokenizer_benchmark
+from mars.errors import ConfigError, DataError, ModelError
+from mars.evaluation import composition, drawing, questions, retrieval
+from mars.evaluation.benchmarks import config_of, evaluate, replay, tokenizer_benchmark
+from mars.evaluation.composition import CATEGORIES
+from mars.evaluation.config import CompositionBench, EmojiBench, EvaluationConfig
 from mars.evaluation.questions import SETS
+from mars.generation.sampling import Sampling
 from mars.pipeline import MarsPipeline
 
 needs_networks = pytest.mark.skipif(
@@ -19,36 +22,64 @@ needs_networks = pytest.mark.skipif(
 )
 
 
+SAMPLING = Sampling(temperature=0.5)
+
+
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small numbers of everything."""
-    for name, value in (("CANDIDATES", 6), ("POOL", 10)):
-        monkeypatch.setattr(questions, name, value)
-        monkeypatch.setattr(benchmarks, name, value)
-    for name, value in (("FLOOR_PICTURES", 3), ("BATCH", 2)):
-        monkeypatch.setattr(benchmarks, name, value)
+    monkeypatch.setattr(questions, "CANDIDATES", 6)
+    monkeypatch.setattr(questions, "POOL", 10)
+    for name, value in (("CANDIDATES", 6), ("FLOOR_PICTURES", 3), ("COMPARED", 4), ("DISTRIBUTION", 4)):
+        monkeypatch.setattr(retrieval, name, value)
+    monkeypatch.setattr(drawing, "BATCH", 2)
+    monkeypatch.setattr(composition, "SEARCHED", 4000)
+
+
+@pytest.fixture
+def wide(pipe: MarsPipeline) -> MarsPipeline:
+    """The tiny model, made to draw 64x64 pixels: the least that scenes have."""
+    pipe.model = replace(pipe.model, info=replace(pipe.model.info, grids=((4, 4),)))
+    return pipe
+
+
+def emoji(shard: Path, out: Path, **changes: object) -> EvaluationConfig:
+    return EvaluationConfig(out=out, sampling=SAMPLING, emoji=EmojiBench(pictures=shard, **changes))  # type: ignore[arg-type]
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text("utf-8").splitlines()]
 
 
 @needs_networks
 @pytest.mark.usefixtures("few")
-def test_the_benchmark_writes_the_same_report_each_time(pipe: MarsPipeline, shard: Path, tmp_path: Path) -> None:
+def test_the_benchmark_writes_the_same_report_each_time(
+    pipe: MarsPipeline, shard: Path, clip_folder: Path, tmp_path: Path
+) -> None:
     said: list[str] = []
-    first, second = (
-        retrieval_benchmark(pipe, pictures=shard, out=tmp_path / out, prompts=3, say=said.append) for out in ("1", "2")
-    )
-    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    extras = {"diverse_prompts": 2, "seeds": 2, "memorisation": True, "clip": clip_folder}
+    config = emoji(shard, tmp_path / "1", prompts=3, distribution=str(clip_folder), **extras)
+    first = evaluate(pipe, config, say=said.append)
+    second, differences = replay(pipe, tmp_path / "1" / "report.json", out=tmp_path / "2")
+    assert differences == []
+    assert first["predictions_digest"] == second["predictions_digest"]
     assert list(first["retrieval"]) == list(SETS)
+    assert {"diversity", "memorisation"} <= first.keys()
+    assert (first["clip"]["pictures"], first["clip"]["choices"]) == (3, 3)
+    distribution = first["distribution"]
+    assert (distribution["drawn"]["pictures"], distribution["true_pictures"], distribution["features"]) == (6, 4, 8)
     trained = first["retrieval"]["trained names"]
     assert {language: figures["prompts"] for language, figures in trained.items()} == {"en": 3, "zh": 3}
     for figures in trained.values():
         assert figures["top1"]["ceiling"] == trained["en"]["top1"]["ceiling"]
         assert figures["top1"]["model"] <= figures["top5"]["model"]
     names = ["drawn-en.png", "drawn-zh.png", "predictions.jsonl", "reconstructions.png", "report.json", "report.md"]
-    assert sorted(file.name for file in (tmp_path / "1").iterdir()) == names
-    lines = [json.loads(line) for line in (tmp_path / "1" / "predictions.jsonl").read_text("utf-8").splitlines()]
-    assert len(lines) == 2 * (3 + 1 + 1 + 1)
-    assert {line["language"] for line in lines} == {"en", "zh"}
-    assert all(1 <= line["rank"] <= 6 for line in lines)
+    names += ["plots.png"] if find_spec("matplotlib") else []
+    assert {file.name for file in (tmp_path / "1").iterdir()} == set(names)
+    found = lines(tmp_path / "1")
+    assert len(found) == 2 * (3 + 1 + 1 + 1 + 1)
+    assert {line["language"] for line in found} == {"en", "zh"}
+    assert all(1 <= line["rank"] <= 6 and line["pixels"].startswith("sha256:") for line in found)
     for name in names:
         if not name.startswith("report"):  # reports tell how long it took
             assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
@@ -58,12 +89,52 @@ def test_the_benchmark_writes_the_same_report_each_time(pipe: MarsPipeline, shar
 
 @needs_networks
 @pytest.mark.usefixtures("few")
+def test_a_report_that_says_something_else_does_not_replay(pipe: MarsPipeline, shard: Path, tmp_path: Path) -> None:
+    evaluate(pipe, emoji(shard, tmp_path / "1", prompts=1, sets=("trained names",)))
+    report = tmp_path / "1" / "report.json"
+    assert config_of(report) == emoji(shard, tmp_path / "1", prompts=1, sets=("trained names",))
+    table = json.loads(report.read_text("utf-8"))
+    right = table["retrieval"]["trained names"]["zh"]["top5"]["floor"]
+    table["retrieval"]["trained names"]["zh"]["top5"]["floor"] = 7
+    report.write_text(json.dumps(table))
+    assert replay(pipe, report, out=tmp_path / "2")[1] == [
+        f"retrieval.trained names.zh.top5.floor: 7 then, {right} now"
+    ]
+    table["model"]["visual_digest"] = "sha256:2"
+    report.write_text(json.dumps(table))
+    with pytest.raises(ModelError, match="the report is of the model sha256:2, got sha256:1"):
+        replay(pipe, report, out=tmp_path / "2")
+    for text in ("", "{}", '{"config": 3}'):
+        report.write_text(text)
+        with pytest.raises(DataError, match="must be a report.json of `mars eval`"):
+            replay(pipe, report, out=tmp_path / "2")
+
+
+@pytest.mark.usefixtures("few")
+def test_composition_is_reported_for_each_category_and_language(wide: MarsPipeline, tmp_path: Path) -> None:
+    config = EvaluationConfig(out=tmp_path / "1", sampling=SAMPLING, composition=CompositionBench(prompts=2))
+    report = evaluate(wide, config)
+    assert list(report["composition"]) == list(CATEGORIES)
+    for languages in report["composition"].values():
+        for figures in languages.values():
+            assert figures["prompts"] in (1, 2)
+            assert figures["right"]["model"] == 0  # it was never trained
+            assert figures["right"]["model_interval"] == [0, 0]
+        assert languages["en"]["right"]["ceiling"] == languages["zh"]["right"]["ceiling"]
+    found = lines(tmp_path / "1")
+    assert len(found) == sum(one["prompts"] for both in report["composition"].values() for one in both.values())
+    assert all(line["right"] is False and isinstance(line["found"], list) for line in found)
+    page = (tmp_path / "1" / "report.md").read_text("utf-8")
+    assert "| spatial | zh | " in page
+    assert replay(wide, tmp_path / "1" / "report.json", out=tmp_path / "2")[1] == []
+
+
+@needs_networks
+@pytest.mark.usefixtures("few")
 def test_a_style_with_few_pictures_is_told(pipe: MarsPipeline, pictures: dict[str, Picture], tmp_path: Path) -> None:
     small = [pictures[f"a-{number}"] for number in range(5)]
     write_pictures(tmp_path / "small.tar", small)
-    report = retrieval_benchmark(
-        pipe, pictures=tmp_path / "small.tar", out=tmp_path / "out", prompts=10, sets=["trained names"]
-    )
+    report = evaluate(pipe, emoji(tmp_path / "small.tar", tmp_path / "out", prompts=10, sets=("trained names",)))
     assert report["notes"] == [
         "trained names: the shard holds 3 prompts in both languages of the 10 asked for",
         "trained names: 3 prompts have fewer than 6 candidates, at least 5",
@@ -78,15 +149,12 @@ def test_what_training_has_seen_is_dropped_and_told(
     small = [pictures[f"{style}-{number}"] for style in "ab" for number in (0, 1, 3, 8)]
     small[2] = replace(small[2], content=small[0].content)
     write_pictures(tmp_path / "small.tar", small)
-    report = retrieval_benchmark(
-        pipe, pictures=tmp_path / "small.tar", out=tmp_path / "out", prompts=8, sets=["held-out pictures"]
-    )
+    report = evaluate(pipe, emoji(tmp_path / "small.tar", tmp_path / "out", prompts=8, sets=("held-out pictures",)))
     assert report["notes"][:2] == [
         "held-out pictures: 1 pictures of the shard were dropped: training has seen the same",
         "held-out pictures: the shard holds 3 prompts in both languages of the 4 asked for",
     ]
-    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text("utf-8").splitlines()]
-    assert {line["key"] for line in lines} == {"a-8", "b-3", "b-8"}
+    assert {line["key"] for line in lines(tmp_path / "out")} == {"a-8", "b-3", "b-8"}
 
 
 @needs_networks
@@ -113,10 +181,18 @@ def test_the_tokenizer_is_measured_on_held_out_pictures(pipe: MarsPipeline, pict
         tokenizer_benchmark(pipe.model.image_tokenizer, held_out=[])
 
 
-def test_an_unknown_set_is_refused_before_anything_is_written(pipe: MarsPipeline, shard: Path, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="sets must be some of trained names"):
-        retrieval_benchmark(pipe, pictures=shard, out=tmp_path / "out", sets=["names"])
-    assert not (tmp_path / "out").exists()
+def test_what_cannot_be_measured_is_refused_in_one_line(pipe: MarsPipeline, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="sets must be some of trained names"):
+        EmojiBench(sets=("names",))
+    for wrong in ({"prompts": 0}, {"diverse_prompts": 1}, {"seeds": 1}):
+        with pytest.raises(ConfigError, match="at least"):
+            EmojiBench(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"composition\.prompts must be at least 1"):
+        CompositionBench(prompts=0)
+    with pytest.raises(ConfigError, match="got neither"):
+        EvaluationConfig()
+    with pytest.raises(DataError, match="no picture shard at"):
+        evaluate(pipe, emoji(tmp_path / "none.tar", tmp_path / "out"))
 
 
 @needs_networks
@@ -126,4 +202,4 @@ def test_a_shard_without_such_prompts_is_one_line(
     scenes = [replace(one, record=replace(one.record, captions=())) for one in pictures.values()]
     write_pictures(tmp_path / "scenes.tar", scenes)
     with pytest.raises(DataError, match="holds no captions in both languages for trained names"):
-        retrieval_benchmark(pipe, pictures=tmp_path / "scenes.tar", out=tmp_path / "out", sets=["trained names"])
+        evaluate(pipe, emoji(tmp_path / "scenes.tar", tmp_path / "out", sets=("trained names",)))

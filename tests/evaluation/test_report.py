@@ -46,6 +46,29 @@ def test_the_page_holds_every_figure() -> None:
     assert "| nearest codes | 22.90 dB | 0.830 | - | 89.0% | 4,681 |" in page
 
 
+def test_benches_that_were_not_run_are_not_on_the_page_and_others_are() -> None:
+    without = {name: value for name, value in REPORT.items() if name not in ("retrieval", "image_tokenizer")}
+    assert "|" not in markdown(without)
+    category = {"prompts": 48, "right": FIGURES, "detector": 1.0, "respects": {"number": 0.75, "places": 0.25}}
+    near = {"pictures": 64, "mean": 0.125, "least": 0.0625, "copies": 0.5}
+    page = markdown(
+        {
+            **without,
+            "composition": {"colour": {"en": category, "zh": category}},
+            "diversity": {
+                "prompts": 24, "seeds": 4, "same_prompt": 0.5, "same_prompt_interval": [0.4, 0.6],
+                "different_prompts": 1.1,
+            },
+            "memorisation": {
+                "training_pictures": 9000, "copy_below": 0.05, "drawn": near, "held_out": near, "copied": near,
+            },
+        }
+    )  # fmt: skip
+    assert "| colour | zh | 48 | 50.0% (43.0%..57.0%) | 1.0% | 90.0% | 55% (47%..63%) | 100.0% | 75% | 25% |" in page
+    assert "0.500 (0.400..0.600) apart, pictures of different prompts 1.100" in page
+    assert "| drawn | 64 | 0.125 | 0.062 | 50.0% |" in page
+
+
 def test_a_share_that_does_not_exist_is_a_dash() -> None:
     none = {**FIGURES, "share_of_way": None, "share_of_way_interval": None}
     page = markdown({**REPORT, "retrieval": {"x": {"zh": {"prompts": 1, "top1": none, "top5": none}}}})
@@ -67,7 +90,7 @@ def test_the_sheet_takes_labels_that_are_long_or_chinese() -> None:
 
 def test_everything_is_written_and_nothing_is_left_over(tmp_path: Path) -> None:
     page = write_report(
-        tmp_path, REPORT, predictions=[{"prompt": "披萨", "rank": 1}], pictures={"drawn-en": Image.new("RGB", (4, 4))}
+        tmp_path, REPORT, predictions='{"prompt": "披萨", "rank": 1}\n', pictures={"drawn-en": Image.new("RGB", (4, 4))}
     )
     names = {"report.json", "report.md", "predictions.jsonl", "drawn-en.png"}
     assert {file.name for file in tmp_path.iterdir()} == names
@@ -86,5 +109,5 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "report.md").mkdir()
     (tmp_path / "report.md" / "in the way").touch()
     with pytest.raises(RequestError, match="cannot write"):
-        write_report(tmp_path, REPORT, predictions=[], pictures={})
+        write_report(tmp_path, REPORT, predictions="", pictures={})
     assert not list(tmp_path.glob("*.partial"))

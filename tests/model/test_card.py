@@ -106,6 +106,13 @@ def test_every_figure_of_a_report_is_shown_and_none_without_one() -> None:
     assert not re.search(r"Evaluation|\d %|dB", card())
 
 
+def test_the_compositional_bench_is_on_the_card_where_it_was_run() -> None:
+    category = {"prompts": 48, "right": FIGURES}
+    text = card(report={**REPORT, "composition": {"spatial": {"en": category, "zh": category}}})
+    assert "| spatial | zh | 48 | 50.0% (43.0%..57.0%) | 1.0% | 90.0% |" in text
+    assert "spatial" not in card(report=REPORT)
+
+
 def test_a_report_of_other_weights_is_refused() -> None:
     other = REPORT | {"model": {"name": "mars-mini", "visual_digest": "sha256:" + "c" * 64}}
     with pytest.raises(ModelError, match="the report must be of this model, sha256:bbbbbbbbbbbb, got one of sha256:c"):

@@ -16,6 +16,7 @@ from mars.cli.bench import bench
 from mars.cli.convert import convert_app, init
 from mars.cli.data import data_app
 from mars.cli.edit import edit
+from mars.cli.evaluation import evaluate
 from mars.cli.options import (
     Candidates,
     Debug,
@@ -33,6 +34,7 @@ from mars.cli.options import (
     say,
 )
 from mars.cli.progress import bar
+from mars.cli.prompts import prompts
 from mars.cli.serve import serve
 from mars.cli.upscale import upscale
 from mars.cli.write import write
@@ -75,6 +77,8 @@ app.command()(upscale)
 app.command()(edit)
 app.command()(bench)
 app.command()(write)
+app.command()(prompts)
+app.command(name="eval")(evaluate)
 app.command()(serve)
 
 
@@ -223,37 +227,6 @@ def train(
     from mars.cli.training import start_training
 
     start_training(config, overrides or [], say=say, bar=bar)
-
-
-@app.command(name="eval")
-def evaluate(
-    pictures: Annotated[Path, typer.Option(help="The picture shard with the true pictures.")] = Path("data/emoji.tar"),
-    out: Annotated[Path, typer.Option(help="Where the report and the pictures go.")] = Path("out/eval"),
-    prompts: Annotated[int, typer.Option(help="Prompts per language, of trained names.", min=1)] = 200,
-    seed: Annotated[int, typer.Option(help="Of the choice of prompts and candidates, and of the pictures.")] = 0,
-    guidance: Guidance = None,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    candidates: Candidates = None,
-    model: Model = None,
-    precision: Precision = "fp16",
-    debug: Debug = False,
-) -> None:
-    """Measure how well pictures fit their prompts: retrieval among 100 true pictures, English and Chinese."""
-    from mars.evaluation.benchmarks import retrieval_benchmark
-
-    sampling = sampling_of(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, candidates=candidates)
-    report = retrieval_benchmark(
-        open_pipeline(model, precision=precision),
-        pictures=pictures,
-        out=out,
-        prompts=prompts,
-        seed=seed,
-        sampling=sampling,
-        say=say,
-    )
-    typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
 
 
 def _with_default_command(arguments: list[str]) -> list[str]:

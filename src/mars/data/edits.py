@@ -13,17 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mars.data.documents import CodedImage, Document, Text
-from mars.data.scenes import (
-    CHINESE_COLOURS,
-    COLOURS,
-    SHAPES,
-    Scene,
-    SceneObject,
-    captions_of,
-    draw_scene,
-    make_scene,
-    split_of,
-)
+from mars.data.scene_combinations import split_of
+from mars.data.scene_words import CHINESE_COLOURS, COLOURS, SHAPES, Scene, SceneObject, captions_of
+from mars.data.scenes import draw_scene, make_scene
 
 BATCH = 32
 Encode = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.int32]]

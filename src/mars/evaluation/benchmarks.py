@@ -1,144 +1,173 @@
-"""How well drawn pictures fit their prompts, and how faithful the image tokenizer is.
-
-    prompt -> drawn picture -> features --.
-                                           >- which of 100 true pictures of the same style is closest?
-    true pictures ---------> features --'
-
-The same figure for pictures drawn without a prompt (the floor) and for the true pictures put through the image
-tokenizer (the ceiling) says what a score is worth. Letters: N prompts, Q queries of one prompt, C candidates,
-D features.
-"""
+"""One evaluation from its configuration to its report, and the same once more to see whether it still holds."""
 
 import hashlib
+import json
 import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
-from torch import Tensor
 
 import mars
+from mars.config import from_dict, to_dict
+from mars.data.curation.clip import Clip
+from mars.data.scenes import draw_scene
 from mars.data.shards import Picture, read_pictures
-from mars.errors import DataError, RequestError
+from mars.errors import DataError, ModelError
+from mars.evaluation.agreement import agreement
+from mars.evaluation.composition import CATEGORIES, Truth, choose_tasks, score
+from mars.evaluation.config import EmojiBench, EvaluationConfig
+from mars.evaluation.drawing import BATCH, Artist
 from mars.evaluation.features import PACKAGE, EfficientNetLite0
-from mars.evaluation.metrics import hits, ranks, summary
-from mars.evaluation.questions import CANDIDATES, LANGUAGES, POOL, SETS, Question, Seen, choose_questions
+from mars.evaluation.plots import plot
+from mars.evaluation.questions import CANDIDATES, LANGUAGES, POOL
 from mars.evaluation.report import Pair, contact_sheet, open_folder, write_report
-from mars.generation.engine import draw
-from mars.generation.request import DrawRequest
-from mars.generation.sampling import Sampling
+from mars.evaluation.retrieval import FLOOR_PICTURES, SHEET, Gallery, Retrieval, ask
 from mars.image_tokenizer.losses import PerceptualDistance
 from mars.image_tokenizer.model import ImageTokenizer
 from mars.pipeline import MarsPipeline
-from mars.pipeline.orders import DEFAULT_SAMPLING
 from mars.training.tokenizer_trainer import evaluate_tokenizer, reconstruction_grid
 
-FLOOR_PICTURES = 64
-BATCH = 16
-SHEET = 32
-TOPS = (1, 5)
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Features:
-    """Features (·, D) that all questions share."""
-
-    true: dict[str, Tensor]
-    """By key, of every candidate; (D,)."""
-    floor_QD: Tensor
-    rebuilt: dict[str, Tensor]
-    """By key, of the true pictures' reconstructions; (D,)."""
-
-    def candidates(self, question: Question) -> Tensor:
-        """Features of a question's candidates, (C, D)."""
-        return torch.stack([self.true[key] for key in question.candidates])
+UNCHECKED = ("seconds", "machine", "versions", "config", "predictions_digest")
+"""Parts of a report that another run may have otherwise (the digest is told apart from figures)."""
 
 
 @dataclass
-class Drawn:
-    """What came of one set in one language."""
+class _Run:
+    """What an evaluation has gathered so far."""
 
-    ranks: list[int] = field(default_factory=list)
+    config: EvaluationConfig
+    artist: Artist
+    say: Callable[[str], None]
+    report: dict[str, Any] = field(default_factory=dict)
     predictions: list[dict[str, Any]] = field(default_factory=list)
-    pairs: list[Pair] = field(default_factory=list)
+    pictures: dict[str, Image.Image] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Adds what the block took, in seconds, and tells."""
+        started = time.perf_counter()
+        yield
+        self.seconds[part] = round(time.perf_counter() - started, 1)
+        self.say(f"{part}: {self.seconds[part]:.1f} s")
 
 
-@dataclass
-class Retrieval:
-    """What came of all sets."""
-
-    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By set, then by language."""
-    predictions: list[dict[str, Any]] = field(default_factory=list)
-    sheets: dict[str, Image.Image] = field(default_factory=dict)
-    """`drawn-LANGUAGE`: pictures of the first set."""
-
-
-def retrieval_benchmark(
-    pipe: MarsPipeline,
-    *,
-    pictures: Path,
-    out: Path,
-    prompts: int = 200,
-    seed: int = 0,
-    sets: Sequence[str] = tuple(SETS),
-    sampling: Sampling = DEFAULT_SAMPLING,
-    say: Callable[[str], None] = lambda _: None,
+def evaluate(
+    pipe: MarsPipeline, config: EvaluationConfig, *, say: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
-    """Measures a model and writes `report.json`, `report.md`, `predictions.jsonl` and pictures into `out`.
+    """Measures a model and writes `report.json`, `report.md`, `predictions.jsonl` and pictures into `config.out`.
 
     Args:
-        pictures: a picture shard with captions in both languages.
-        prompts: per language in "trained names"; the other sets have half as many.
-        seed: of the choice of prompts and candidates, and of the pictures. Figures are the same for the same seed.
-        sets: names of `SETS`.
+        pipe: the model that `config` names; the names themselves are only noted.
         say: called with a line for each part, and with the report as markdown.
 
     Returns:
-        What `report.json` holds.
+        What `report.json` holds. Figures and pictures are the same for the same configuration.
 
     Raises:
-        RequestError: for an unknown set, or if `out` cannot be written.
+        RequestError: if `config.out` cannot be written.
         DataError: if the shard is missing, is damaged, or holds no such prompts.
         ModelError: if the networks that pictures are measured with are not installed.
     """
-    wanted = _wanted(sets, prompts=prompts)
-    open_folder(out)
-    network, seconds = EfficientNetLite0(), _Stopwatch(say)
-    with seconds.measure("reading"):
-        shard = {picture.record.key: picture for picture in read_pictures(pictures)}
-        seen = Seen.of(shard.values())
-        leaks = {name: seen.leaks(shard, chosen=SETS[name]) for name in wanted}
-        questions = {
-            name: choose_questions(shard, chosen=SETS[name], count=count, seed=seed, without=leaks[name])
-            for name, count in wanted.items()
-        }
-    if not any(questions.values()):
-        raise DataError(f"{pictures} holds no captions in both languages for {', '.join(wanted)}; take data/emoji.tar")
-    bench = _Bench(pipe=pipe, network=network, shard=shard, sampling=sampling, seed=seed, seconds=seconds)
-    retrieval = bench.measure(questions)
-    with seconds.measure("image tokenizer"):
-        held_out = [picture for picture in shard.values() if picture.record.split != "train"]
-        codec, grid = tokenizer_benchmark(pipe.model.image_tokenizer, held_out=held_out)
-    report = {
-        **_circumstances(pipe, pictures=pictures, prompts=prompts, seed=seed, sampling=sampling),
-        "retrieval": retrieval.figures,
-        "image_tokenizer": codec,
-        "notes": _notes(questions, wanted=wanted, leaks=leaks),
-        "seconds": {name: round(value, 1) for name, value in seconds.parts.items()},
-    }
-    images = {**retrieval.sheets, "reconstructions": grid}
-    say(write_report(out, report, predictions=retrieval.predictions, pictures=images))
+    open_folder(config.out)
+    run = _Run(config=config, artist=Artist(pipe=pipe, sampling=config.sampling, seed=config.seed), say=say)
+    run.report = _circumstances(pipe, config)
+    if config.emoji is not None:
+        _measure_emoji(run, config.emoji)
+    if config.composition is not None:
+        _measure_composition(run, prompts=config.composition.prompts)
+    if find_spec("matplotlib") is None:
+        say("no plots.png: matplotlib is not installed; run: pip install 'mars-t2i[eval]'")
+    elif (plots := plot(run.report)) is not None:
+        run.pictures["plots"] = plots
+    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in run.predictions)
+    digest = f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
+    report = {**run.report, "predictions_digest": digest, "notes": run.notes, "seconds": run.seconds}
+    say(write_report(config.out, report, predictions=lines, pictures=run.pictures))
     return report
+
+
+def _measure_emoji(run: _Run, bench: EmojiBench) -> None:
+    network = EfficientNetLite0()
+    with run.measure("reading"):
+        shard = {picture.record.key: picture for picture in read_pictures(bench.pictures)}
+        asked = ask(shard, bench, seed=run.config.seed)
+    run.notes += asked.notes
+    gallery, found = Gallery(artist=run.artist, network=network, shard=shard), Retrieval()
+    with run.measure("true pictures, floor and ceiling"):
+        features = gallery.shared_features(one for group in asked.questions.values() for one in group)
+    for name, questions in asked.questions.items():
+        with run.measure(name):
+            gallery.measure(name, questions, features=features, found=found)
+    run.report["retrieval"] = found.figures
+    run.predictions += found.predictions
+    run.pictures |= found.sheets
+    first = next(name for name, questions in asked.questions.items() if questions)
+    if bench.diverse_prompts:
+        with run.measure("diversity"):
+            run.report["diversity"] = gallery.diversity(
+                asked.questions[first], count=bench.diverse_prompts, seeds=bench.seeds
+            )
+    if bench.memorisation:
+        with run.measure("memorisation"):
+            run.report["memorisation"] = gallery.memorisation(found.drawings[first])
+    if bench.clip is not None:
+        with run.measure("CLIP"):
+            english = found.drawings[first][: len(asked.questions[first])]
+            agreed = agreement(
+                Clip(bench.clip),
+                [one.image for one in english],
+                [one.prompt for one in english],
+                seed=run.config.seed,
+            )
+            run.report["clip"] = {"network": bench.clip.name, **agreed}
+    if bench.distribution is not None:
+        with run.measure("FID and KID"):
+            drawn = [one.image for one in found.drawings[first]]
+            run.report["distribution"] = gallery.distribution(drawn, network=bench.distribution)
+    with run.measure("image tokenizer"):
+        held_out = [picture for picture in shard.values() if picture.record.split != "train"]
+        run.report["image_tokenizer"], run.pictures["reconstructions"] = tokenizer_benchmark(
+            run.artist.pipe.model.image_tokenizer, held_out=held_out
+        )
+
+
+def _measure_composition(run: _Run, *, prompts: int) -> None:
+    width, height = run.artist.pipe.sizes[0]
+    if width != height:
+        raise ModelError(f"the compositional bench needs a model that draws squares, got {width}x{height}")
+    figures: dict[str, Any] = {}
+    pairs: dict[str, list[Pair]] = {language: [] for language in LANGUAGES}
+    for category, tasks in choose_tasks(count=prompts, seed=run.config.seed, size=width).items():
+        if len(tasks) < prompts:
+            run.notes.append(f"composition, {category}: there are {len(tasks)} prompts of the {prompts} asked for")
+        with run.measure(f"composition, {category}"):
+            truth = Truth.of(tasks, rebuild=run.artist.rebuild)
+            for language in LANGUAGES:
+                drawings = run.artist.draw([task.prompt(language) for task in tasks])
+                scored = score(tasks, [one.image for one in drawings], truth=truth, seed=run.config.seed)
+                found, rights = scored.pop("found"), scored.pop("rights")
+                figures.setdefault(category, {})[language] = scored
+                about = {"bench": "composition", "category": category, "language": language}
+                for task, drawing, things, right in zip(tasks, drawings, found, rights, strict=True):
+                    run.predictions.append({**about, **drawing.line(), "right": right, "found": things})
+                    if len(pairs[language]) < SHEET and task in tasks[: SHEET // len(CATEGORIES)]:
+                        true = draw_scene(task.scene)
+                        label = f"{category}: {task.prompt('en')}"
+                        pairs[language].append(Pair(label=label, drawn=drawing.image, true=true, right=right))
+    run.report["composition"] = figures
+    run.pictures |= {f"composition-{language}": contact_sheet(shown) for language, shown in pairs.items()}
 
 
 def tokenizer_benchmark(
@@ -168,158 +197,81 @@ def tokenizer_benchmark(
     return {**figures, "held_out_pictures": len(images)}, grid
 
 
-class _Stopwatch:
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.parts: dict[str, float] = {}
-        self.say = say
+def config_of(report: Path) -> EvaluationConfig:
+    """The configuration that a `report.json` was made with.
 
-    @contextmanager
-    def measure(self, part: str) -> Iterator[None]:
-        """Adds what the block took, in seconds, and tells."""
-        started = time.perf_counter()
-        yield
-        self.parts[part] = time.perf_counter() - started
-        self.say(f"{part}: {self.parts[part]:.1f} s")
+    Raises:
+        DataError: if it is no such file.
+        ConfigError: if another version of MARS made it, and what it holds means nothing here.
+    """
+    return from_dict(EvaluationConfig, _read(report)["config"])
 
 
-def _wanted(sets: Sequence[str], *, prompts: int) -> dict[str, int]:
-    """How many prompts of each set."""
-    unknown = [name for name in sets if name not in SETS]
-    if unknown or not sets or prompts < 1:
-        raise RequestError(
-            f"sets must be some of {', '.join(SETS)} and prompts at least 1, "
-            f"got {', '.join(sets) or 'none'} and {prompts}"
-        )
-    return {name: max(1, int(prompts * chosen.share)) for name, chosen in SETS.items() if name in sets}
+def _read(report: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(report.read_text("utf-8"))
+        if not isinstance(found["config"], dict):
+            raise TypeError("config is no table")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{report} must be a report.json of `mars eval`, got: {error}") from None
+    return found
 
 
-def _notes(
-    questions: dict[str, list[Question]], *, wanted: dict[str, int], leaks: dict[str, frozenset[str]]
-) -> list[str]:
-    """What is smaller than it was meant to be."""
-    notes = []
-    for name, group in questions.items():
-        if leaks[name]:
-            notes.append(f"{name}: {len(leaks[name])} pictures of the shard were dropped: training has seen the same")
-        if len(group) < wanted[name]:
-            notes.append(
-                f"{name}: the shard holds {len(group)} prompts in both languages of the {wanted[name]} asked for"
-            )
-        few = [len(question.candidates) for question in group if len(question.candidates) < CANDIDATES]
-        if few:
-            notes.append(f"{name}: {len(few)} prompts have fewer than {CANDIDATES} candidates, at least {min(few)}")
-    return notes
+def replay(
+    pipe: MarsPipeline, report: Path, *, out: Path, say: Callable[[str], None] = lambda _: None
+) -> tuple[dict[str, Any], list[str]]:
+    """Measures again what a report says was measured, into another folder.
+
+    Returns:
+        The new report, and what differs from the old one: a line for each number, empty if all is the same.
+
+    Raises:
+        DataError: if `report` is no report.json.
+        ModelError: if the model is not the one that it is of.
+    """
+    old = _read(report)
+    wanted = old.get("model", {}).get("visual_digest")
+    if wanted != pipe.model.visual_digest:
+        raise ModelError(f"the report is of the model {str(wanted)[:19]}, got {pipe.model.visual_digest[:19]}")
+    new = evaluate(pipe, replace(config_of(report), out=out), say=say)
+    checked = [{name: value for name, value in one.items() if name not in UNCHECKED} for one in (old, new)]
+    found = list(_differences(checked[0], json.loads(json.dumps(checked[1])), where=""))
+    if old.get("predictions_digest") != new["predictions_digest"]:
+        found.append("pictures or what was found in them: compare predictions.jsonl of both")
+    return new, found
 
 
-def _open(picture: Picture) -> Image.Image:
-    return Image.fromarray(picture.pixels())
+def _differences(one: Any, other: Any, *, where: str) -> Iterator[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in {**one, **other}:
+            yield from _differences(one.get(key), other.get(key), where=f"{where}.{key}" if where else key)
+    elif one != other:
+        yield f"{where}: {one} then, {other} now"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Bench:
-    """What every measurement needs."""
-
-    pipe: MarsPipeline
-    network: EfficientNetLite0
-    shard: dict[str, Picture]
-    sampling: Sampling
-    seed: int
-    seconds: _Stopwatch
-
-    def measure(self, questions: dict[str, list[Question]]) -> Retrieval:
-        """All sets in all languages."""
-        found = Retrieval()
-        with self.seconds.measure("true pictures, floor and ceiling"):
-            features = self.shared_features([question for group in questions.values() for question in group])
-        for name, group in questions.items():
-            for language in LANGUAGES if group else ():
-                with self.seconds.measure(f"{name}, {language}"):
-                    drawn = self.draw_and_rank(group, features=features, language=language)
-                figures = _figures(drawn, questions=group, features=features, seed=self.seed)
-                found.figures.setdefault(name, {})[language] = figures
-                found.predictions += [{"set": name, **line} for line in drawn.predictions]
-                found.sheets.setdefault(f"drawn-{language}", contact_sheet(drawn.pairs))
-        return found
-
-    def shared_features(self, questions: Sequence[Question]) -> Features:
-        """Features of all candidates, of the floor and of the reconstructions."""
-        keys = sorted({key for question in questions for key in question.candidates})
-        asked = sorted({question.key for question in questions})
-        rebuilt: list[Image.Image] = []
-        for some in _batches(asked):
-            codes = torch.stack([self.pipe.encode(_open(self.shard[key])) for key in some])
-            rebuilt += self.pipe.decode(codes)
-        return Features(
-            true=dict(zip(keys, self.network.features_of(_open(self.shard[key]) for key in keys), strict=True)),
-            floor_QD=self.network.features_of(self.draw_floor()),
-            rebuilt=dict(zip(asked, self.network.features_of(rebuilt), strict=True)),
-        )
-
-    def draw_floor(self) -> list[Image.Image]:
-        """Pictures for the empty prompt, which the pipeline refuses: the beginning-of-text id alone, not guided."""
-        empty = (self.pipe.model.text_tokenizer.bos_id,)
-        plain = replace(self.sampling, guidance=1.0)
-        seeds = range(self.seed, self.seed + FLOOR_PICTURES)
-        requests = [
-            DrawRequest(prompt=empty, free=empty, grid=self.pipe.model.info.grids[0], seed=number, sampling=plain)
-            for number in seeds
-        ]
-        pictures: list[Image.Image] = []
-        for some in _batches(requests):
-            pictures += self.pipe.decode(torch.stack(draw(self.pipe.model.transformer, some)))
-        return pictures
-
-    def draw_and_rank(self, questions: Sequence[Question], *, features: Features, language: str) -> Drawn:
-        """Draws one picture per question, `BATCH` at a time, and looks for the true one."""
-        found = Drawn()
-        for batch, some in enumerate(_batches(questions)):
-            prompts = [question.prompts[language] for question in some]
-            seeds = [self.seed + batch * BATCH + index for index in range(len(some))]
-            images = self.pipe(prompts, seed=seeds, sampling=self.sampling).images
-            queries = self.network.features_of(images)
-            for question, prompt, seed, image, query_D in zip(some, prompts, seeds, images, queries, strict=True):
-                candidates_CD = features.candidates(question)
-                rank = int(ranks(query_D[None], candidates_CD, right=0)[0])
-                closest = self.shard[question.candidates[int((candidates_CD @ query_D).argmax())]].record
-                found.ranks.append(rank)
-                line = {"language": language, "prompt": prompt, "seed": seed, "key": question.key, "rank": rank + 1}
-                found.predictions.append({**line, "retrieved": closest.key, "retrieved_name": closest.captions[0].text})
-                if len(found.pairs) < SHEET:
-                    label = f"{rank + 1}: {prompt if prompt.isascii() else question.key}"
-                    true = _open(self.shard[question.key])
-                    found.pairs.append(Pair(label=label, drawn=image, true=true, right=rank == 0))
-        return found
-
-
-def _batches(items: Sequence[T]) -> list[Sequence[T]]:
-    return [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
-
-
-def _figures(drawn: Drawn, *, questions: Sequence[Question], features: Features, seed: int) -> dict[str, Any]:
-    """Rates at each of `TOPS`. The floor of a question is its mean over all pictures drawn without a prompt."""
-    floor, ceiling = [], []
-    for question in questions:
-        candidates_CD = features.candidates(question)
-        floor.append(ranks(features.floor_QD, candidates_CD, right=0).numpy())
-        ceiling.append(int(ranks(features.rebuilt[question.key][None], candidates_CD, right=0)[0]))
-    figures: dict[str, Any] = {"prompts": len(questions)}
-    for top in TOPS:
-        figures[f"top{top}"] = summary(
-            hits(np.array(drawn.ranks), top=top),
-            floor=hits(np.stack(floor), top=top).mean(axis=1),
-            ceiling=hits(np.array(ceiling), top=top),
-            seed=seed,
-        )
-    return figures
-
-
-def _circumstances(
-    pipe: MarsPipeline, *, pictures: Path, prompts: int, seed: int, sampling: Sampling
-) -> dict[str, Any]:
+def _circumstances(pipe: MarsPipeline, config: EvaluationConfig) -> dict[str, Any]:
     """All that the figures depend on."""
-    with pictures.open("rb") as file:
-        shard_digest = hashlib.file_digest(file, "sha256").hexdigest()
-    info = pipe.model.info
+    info, settings = pipe.model.info, {"seed": config.seed, "sampling": asdict(config.sampling), "batch": BATCH}
+    if config.emoji is not None:
+        if not config.emoji.pictures.is_file():
+            raise DataError(f"no picture shard at {config.emoji.pictures}; make it with `mars data emoji`")
+        with config.emoji.pictures.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        settings |= {
+            "prompts": config.emoji.prompts,
+            "candidates": CANDIDATES,
+            "pool_per_style": POOL,
+            "floor_pictures": FLOOR_PICTURES,
+            "features": PACKAGE,
+            "pictures": config.emoji.pictures.name,
+            "pictures_digest": f"sha256:{digest}",
+        }
+    versions = {
+        "mars": mars.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+    }
     return {
         "model": {
             "name": info.name,
@@ -328,18 +280,8 @@ def _circumstances(
             "visual_digest": pipe.model.visual_digest,
             "picture_size": pipe.sizes[0],
         },
-        "settings": {
-            "prompts": prompts,
-            "seed": seed,
-            "sampling": asdict(sampling),
-            "candidates": CANDIDATES,
-            "pool_per_style": POOL,
-            "floor_pictures": FLOOR_PICTURES,
-            "batch": BATCH,
-            "features": PACKAGE,
-            "pictures": pictures.name,
-            "pictures_digest": f"sha256:{shard_digest}",
-        },
-        "versions": {"mars": mars.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "config": to_dict(config),
+        "settings": settings,
+        "versions": {**versions, "python": platform.python_version()},
         "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "processor": platform.machine()},
     }

@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from mars.data.shards import Picture
@@ -23,6 +23,8 @@ class PromptSet:
     kind: str
     share: float
     """Of the number of prompts asked for."""
+    wording: Mapping[str, str] | None = None
+    """By language, what the caption `{}` is put into; without it, the caption itself is the prompt."""
 
 
 SETS = {
@@ -30,6 +32,9 @@ SETS = {
     "held-out pictures": PromptSet(split="picture", kind="style", share=0.5),
     "held-out concepts": PromptSet(split="concept", kind="style", share=0.5),
     "paraphrases": PromptSet(split="train", kind="paraphrase", share=0.5),
+    "other wordings": PromptSet(
+        split="train", kind="style", share=0.5, wording={"en": "please draw {} for me", "zh": "请给我画一个{}"}
+    ),
 }
 """Trained names stand first: the contact sheets show them."""
 
@@ -86,7 +91,7 @@ def choose_questions(
     A candidate is any picture of the same style, of whatever split, that shows another concept, bears none of the
     question's texts as a caption, and is not pixel for pixel the true picture (Norway's flag is Svalbard's).
     """
-    dice = random.Random(f"{seed}/{chosen.split}/{chosen.kind}")
+    dice = random.Random(f"{seed}/{chosen.split}/{chosen.kind}")  # other words for the same pictures
     possible = [key for key in _possible(shard, chosen=chosen) if key not in without]
     keys = dice.sample(possible, min(count, len(possible)))
     pools = {}
@@ -119,7 +124,12 @@ def _prompts(picture: Picture, *, chosen: PromptSet) -> dict[str, str]:
     """The captions of the wanted split and kind by language, if any."""
     if picture.record.split != chosen.split:
         return {}
-    return {caption.language: caption.text for caption in picture.record.captions if caption.kind == chosen.kind}
+    words = chosen.wording or dict.fromkeys(LANGUAGES, "{}")
+    return {
+        caption.language: words[caption.language].format(caption.text)
+        for caption in picture.record.captions
+        if caption.kind == chosen.kind and caption.language in words
+    }
 
 
 def _differs(other: Picture, *, picture: Picture, texts: set[str]) -> bool:

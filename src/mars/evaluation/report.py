@@ -69,17 +69,19 @@ def write_report(
     out: Path,
     report: dict[str, Any],
     *,
-    predictions: Sequence[dict[str, Any]],
+    predictions: str,
     pictures: dict[str, Image.Image],
 ) -> str:
     """Writes `report.json`, `report.md`, `predictions.jsonl` and `NAME.png` for each picture; returns the markdown.
+
+    Args:
+        predictions: a line of JSON for each picture.
 
     Raises:
         RequestError, CheckpointError: if a file cannot be written.
     """
     text = markdown(report)
-    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions)
-    for name, content in (("report.md", text), ("predictions.jsonl", lines)):
+    for name, content in (("report.md", text), ("predictions.jsonl", predictions)):
         _whole(out / name, content.encode())
     for name, picture in pictures.items():
         _whole(out / f"{name}.png", picture)
@@ -96,38 +98,125 @@ def _whole(path: Path, content: bytes | Image.Image) -> None:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as a page with two tables: retrieval, and the image tokenizer."""
+    """The report as a page, with a table for each bench that was run."""
     settings, model = report["settings"], report["model"]
+    parts = {
+        "retrieval": _retrieval,
+        "diversity": _diversity,
+        "memorisation": _memorisation,
+        "clip": _clip,
+        "distribution": _distribution,
+        "composition": _composition,
+        "image_tokenizer": _image_tokenizer,
+    }
+    lines = [f"# Evaluation of {model['name']}", "", "Intervals are 95 %, by bootstrap over prompts.", ""]
+    for name, table in parts.items():
+        if name in report:
+            lines += [*table(report[name], settings), ""]
+    lines += [
+        f"Sampling {json.dumps(settings['sampling'])}, seed {settings['seed']}; model {model['visual_digest'][:19]}; "
+        f"{report['machine']['cores']} cores, {sum(report['seconds'].values()):.0f} s.",
+        *[f"Note: {note}" for note in report["notes"]],
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _retrieval(sets: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     lines = [
-        f"# Evaluation of {model['name']}",
-        "",
         f"Top-1 and top-5 retrieval of the true picture among {settings['candidates']} of its own style, by features "
-        f"of EfficientNet-Lite0; 95 % bootstrap intervals. Floor: {settings['floor_pictures']} pictures drawn for the "
+        f"of EfficientNet-Lite0. Floor: {settings['floor_pictures']} pictures drawn for the "
         "empty prompt. Ceiling: the image tokenizer's reconstructions of the true pictures. Share: of the way from "
         "floor to ceiling.",
         "",
         "| prompts | language | n | top-1 | floor | ceiling | share | top-5 | floor | ceiling | share |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for name, languages in report["retrieval"].items():
+    for name, languages in sets.items():
         for language, figures in languages.items():
             cells = [cell for top in ("top1", "top5") for cell in _cells(figures[top])]
             lines.append(f"| {name} | {language} | {figures['prompts']} | {' | '.join(cells)} |")
-    codec = report["image_tokenizer"]
+    return lines
+
+
+def _composition(categories: dict[str, Any], _: dict[str, Any]) -> list[str]:
+    names = list(next(iter(next(iter(categories.values())).values()))["respects"])
+    lines = [
+        "Scenes in combinations that training never saw, judged by an analytic detector. Floor: pictures of other "
+        "prompts of the category. Ceiling: the image tokenizer's reconstructions of the true pictures. Detector: how "
+        "often it is right about those themselves.",
+        "",
+        f"| category | language | n | right | floor | ceiling | share | detector | {' | '.join(names)} |",
+        f"|---|---|{'--:|' * (6 + len(names))}",
+    ]
+    for category, languages in categories.items():
+        for language, figures in languages.items():
+            cells = [*_cells(figures["right"]), f"{figures['detector']:.1%}"]
+            cells += [f"{figures['respects'][name]:.0%}" for name in names]
+            lines.append(f"| {category} | {language} | {figures['prompts']} | {' | '.join(cells)} |")
+    return lines
+
+
+def _diversity(figures: dict[str, Any], _: dict[str, Any]) -> list[str]:
+    low, high = figures["same_prompt_interval"]
+    return [
+        f"Diversity: pictures of one prompt with {figures['seeds']} seeds are {figures['same_prompt']:.3f} "
+        f"({low:.3f}..{high:.3f}) apart, pictures of different prompts {figures['different_prompts']:.3f}: mean "
+        f"distances of features of length 1, {figures['prompts']} prompts.",
+    ]
+
+
+def _memorisation(figures: dict[str, Any], _: dict[str, Any]) -> list[str]:
+    names = {"drawn": "drawn", "held_out": "held out, reconstructed", "copied": "training pictures, reconstructed"}
+    lines = [
+        f"Distance to the nearest of {figures['training_pictures']:,} training pictures (root mean square of 32x32 "
+        f"pixels); nearer than {figures['copy_below']:.3f} counts as a copy.",
+        "",
+        "| pictures | n | mean | least | copies |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for key, name in names.items():
+        one = figures[key]
+        lines.append(f"| {name} | {one['pictures']} | {one['mean']:.3f} | {one['least']:.3f} | {one['copies']:.1%} |")
+    return lines
+
+
+def _clip(figures: dict[str, Any], _: dict[str, Any]) -> list[str]:
+    cells = [
+        "{:.3f} ({:.3f}..{:.3f})".format(figures[name], *figures[f"{name}_interval"])
+        for name in ("clip_score", "r_precision")
+    ]
+    return [
+        f"CLIPScore {cells[0]} and R-precision among {figures['choices']} prompts {cells[1]}, by {figures['network']}, "
+        f"{figures['pictures']} pictures.",
+    ]
+
+
+def _distribution(figures: dict[str, Any], _: dict[str, Any]) -> list[str]:
+    names = {"drawn": "drawn", "other_true": "other true pictures", "rebuilt": "the same, reconstructed (rFID)"}
+    lines = [
+        f"Distance to {figures['true_pictures']} training pictures by {figures['features']} features of "
+        f"{figures['network']}. FID of so few pictures is too large; compare it within a column of equal n only.",
+        "",
+        "| pictures | n | FID | KID |",
+        "|---|--:|--:|--:|",
+    ]
+    for key, name in names.items():
+        one = figures[key]
+        lines.append(
+            f"| {name} | {one['pictures']} | {one['fid']:.3f} | {one['kid']:.4f} +- {one['kid_deviation']:.4f} |"
+        )
+    return lines
+
+
+def _image_tokenizer(codec: dict[str, Any], _: dict[str, Any]) -> list[str]:
     values = [f"{codec['psnr']:.2f} dB", f"{codec['ssim']:.3f}", f"{codec['perceptual']:.3f}"]
     values += [f"{codec['usage']:.1%}", f"{codec['perplexity']:,.0f}"]
-    lines += [
-        "",
+    return [
         "| held-out pictures | PSNR | SSIM | perceptual distance | codes used | perplexity |",
         "|--:|--:|--:|--:|--:|--:|",
         f"| {codec['held_out_pictures']} | {' | '.join(values)} |",
         *_nearest(codec),
-        "",
-        f"Sampling {json.dumps(settings['sampling'])}, seed {settings['seed']}; model {model['visual_digest'][:19]}; "
-        f"{report['machine']['cores']} cores, {sum(report['seconds'].values()):.0f} s.",
-        *[f"Note: {note}" for note in report["notes"]],
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _nearest(codec: dict[str, Any]) -> list[str]:

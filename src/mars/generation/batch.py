@@ -162,13 +162,11 @@ class Batch:
             low=self.guidance.spread(self.low_PN.gather(1, places_PK)) if self.refines else None,
         )
         hidden_BKD = self.transformer(segment, self.cache)
-        logits_BKV = self.transformer.visual_logits(hidden_BKD)[..., : vocabulary.num_codes]
-        guided = self.guidance.combine(logits_BKV).flatten(0, 1)
+        guided_PKV, prompted_PKV = self._logits(hidden_BKD)
         known_PK = self.known_PN.gather(1, places_PK)
-        chosen_PK = self.sampler.choose(guided, self._noise()).view_as(places_PK)
+        chosen_PK = self.sampler.choose(guided_PKV.flatten(0, 1), self._noise()).view_as(places_PK)
         chosen_PK = torch.where(known_PK < 0, chosen_PK, known_PK)
-        if self.ranked:
-            prompted_PKV = self.guidance.prompted(logits_BKV).float()
+        if prompted_PKV is not None:
             surprises_PK = prompted_PKV.logsumexp(dim=2) - prompted_PKV.gather(2, chosen_PK[..., None])[..., 0]
             self.likelihoods_P -= surprises_PK.sum(dim=1)
         self.codes_PN.scatter_(1, places_PK, chosen_PK)
@@ -177,6 +175,19 @@ class Batch:
         for picture in self.pictures:
             picture.done += self.block
         return len(self.pictures) * self.block
+
+    def _logits(self, hidden_BKD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits of codes (P, K, V): guided, and without guidance where candidates are ranked by them, in fp32.
+
+        The head is linear, so that states can be guided instead of their logits: half the work, and the same.
+        """
+        codes, count = self.transformer.vocabulary.num_codes, len(self.pictures)
+        guided_PKD = self.guidance.combine(hidden_BKD)
+        if not self.ranked:
+            return self.transformer.visual_logits(guided_PKD)[..., :codes], None
+        both = torch.cat([guided_PKD, self.guidance.prompted(hidden_BKD)])
+        logits = self.transformer.visual_logits(both)[..., :codes]
+        return logits[:count], logits[count:].float()
 
     def _noise(self) -> Tensor | None:
         """Of the next block of every picture, (P * K, V)."""

@@ -30,17 +30,17 @@ class Guidance:
         self.free = torch.tensor([free[picture] for picture in self.guided], dtype=torch.long, device=device)
         self.scales = torch.tensor([scales[picture] for picture in self.guided], device=device)[:, None, None]
 
-    def prompted(self, logits_BKV: Tensor) -> Tensor:
-        """Logits (P, K, V) after the prompts, not guided."""
-        return logits_BKV[self.prompted_P]
+    def prompted(self, of_BKD: Tensor) -> Tensor:
+        """Logits (P, K, V), or states (P, K, D), after the prompts, not guided."""
+        return of_BKD[self.prompted_P]
 
-    def combine(self, logits_BKV: Tensor) -> Tensor:
-        """Guided logits (P, K, V)."""
-        logits_PKV = self.prompted(logits_BKV)
+    def combine(self, of_BKD: Tensor) -> Tensor:
+        """Guided logits (P, K, V), or guided states (P, K, D), whose logits are those."""
+        of_PKD = self.prompted(of_BKD)
         if self.guided:
-            free = logits_BKV[self.free]
-            logits_PKV[self.guided] = free + self.scales.to(free) * (logits_PKV[self.guided] - free)
-        return logits_PKV
+            free = of_BKD[self.free]
+            of_PKD[self.guided] = free + self.scales.to(free) * (of_PKD[self.guided] - free)
+        return of_PKD
 
     def spread(self, of_P: Tensor) -> Tensor:
         """What pictures have (P, ...), for their rows (B, ...)."""

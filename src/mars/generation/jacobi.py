@@ -61,8 +61,7 @@ class JacobiBatch(Batch):
             start=self.guidance.spread(self.done_P)[:, None],
         )
         hidden_BWD = self.transformer(segment, self.cache)
-        logits_BWV = self.transformer.visual_logits(hidden_BWD)[..., : self.transformer.vocabulary.num_codes]
-        guided_PWV = self.guidance.combine(logits_BWV)
+        guided_PWV, prompted_PWV = self._logits(hidden_BWD)
         shares_PWV = self.sampler.shares(guided_PWV.flatten(0, 1)).view_as(guided_PWV)
         kept_P = torch.zeros_like(self.done_P)
         for number, picture in enumerate(self.pictures):
@@ -76,8 +75,7 @@ class JacobiBatch(Batch):
             self.codes_PN[number, done : done + kept] = codes_W
             kept_P[number] = kept
             picture.done += kept
-        if self.ranked:
-            prompted_PWV = self.guidance.prompted(logits_BWV).float()
+        if prompted_PWV is not None:
             for number, (picture, kept) in enumerate(zip(self.pictures, kept_P.tolist(), strict=True)):
                 codes_W = self.codes_PN[number, picture.done - kept : picture.done]
                 shares_WV = prompted_PWV[number, :kept].log_softmax(dim=1)

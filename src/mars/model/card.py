@@ -157,10 +157,9 @@ def _evaluation(report: Mapping[str, Any], *, visual_digest: str) -> str:
         ]
         for name, languages in report["retrieval"].items():
             for language, figures in languages.items():
-                top = figures["top1"]
-                low, high = top["model_interval"]
-                cells = f"{top['model']:.1%} ({low:.1%}..{high:.1%}) | {top['floor']:.1%} | {top['ceiling']:.1%}"
-                lines.append(f"| {_cell(name)} | {_cell(language)} | {figures['prompts']} | {cells} |")
+                cells = f"{figures['prompts']} | {_rates(figures['top1'])}"
+                lines.append(f"| {_cell(name)} | {_cell(language)} | {cells} |")
+        lines += _composition(report["composition"]) if "composition" in report else []
         codec = report["image_tokenizer"]
         lines += [
             "",
@@ -176,6 +175,26 @@ def _evaluation(report: Mapping[str, Any], *, visual_digest: str) -> str:
             f"the report must be of this model, {visual_digest[:19]}, got one of {str(found)[:19]}; evaluate it again"
         )
     return "\n".join(lines)
+
+
+def _composition(categories: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "",
+        "Scenes in combinations that training never saw, judged by an analytic detector. Floor: pictures of other "
+        "prompts. Ceiling: the image tokenizer's reconstructions.",
+        "",
+        "| category | language | n | model | floor | ceiling |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for name, languages in categories.items():
+        for language, figures in languages.items():
+            lines.append(f"| {_cell(name)} | {_cell(language)} | {figures['prompts']} | {_rates(figures['right'])} |")
+    return lines
+
+
+def _rates(figures: Mapping[str, Any]) -> str:
+    low, high = figures["model_interval"]
+    return f"{figures['model']:.1%} ({low:.1%}..{high:.1%}) | {figures['floor']:.1%} | {figures['ceiling']:.1%}"
 
 
 def _limits(facts: CardFacts) -> str:

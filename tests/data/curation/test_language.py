@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mars.data.curation.language import UNKNOWN, language_of, scripts_of, units
-from mars.data.scenes import captions_of, make_scene
+from mars.data.scene_words import captions_of
+from mars.data.scenes import make_scene
 
 
 @pytest.mark.parametrize(

@@ -147,3 +147,17 @@ def test_files_that_cannot_be_read_are_told(refusal: Callable[..., str], tmp_pat
     assert refusal(picture=tmp_path) == "missing file"
     assert refusal(picture=tmp_path / ("x" * 300)) in ("missing file", "unreadable file (File name too long)")
     assert refusal(picture=tmp_path / "a\0b") in ("missing file", "unreadable file (its name cannot be one)")
+
+
+def test_captions_of_shards_that_mars_wrote_come_along_whatever_columns_are_named(
+    record: Callable[..., Record],
+) -> None:
+    own = [{"text": "红苹果", "language": "zh", "kind": "name"}]
+    named = Columns(captions=(CaptionColumn(column="alt", language="en"),))
+    assert record(named, captions=own, alt="a red apple").captions == (
+        Caption(text="a red apple", language="en", kind="original"),
+        Caption(text="红苹果", language="zh", kind="name"),
+    )
+    assert (
+        record(named, captions=["not named"], alt="a red apple").captions == record(named, alt="a red apple").captions
+    )

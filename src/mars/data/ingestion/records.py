@@ -62,7 +62,7 @@ class Columns:
     """What is read from where; columns are also the keys of JSON beside a picture."""
 
     captions: tuple[CaptionColumn, ...] = ()
-    """None takes `caption`, `captions`, `text` and `txt`, or what MARS itself wrote."""
+    """None takes `caption`, `captions`, `text` and `txt`. What MARS itself wrote is taken in any case."""
     roles: Mapping[str, str] = field(default_factory=dict)
     """Names of columns by what they are: image, url, licence, source, concept, style or split."""
     scores: tuple[str, ...] = ()
@@ -167,19 +167,28 @@ def _beside(item: Item) -> dict[str, Any]:
 
 
 def _captions(values: Mapping[str, Any], *, columns: Columns) -> tuple[Caption, ...]:
+    """Those of the columns that are named, or of all that may be captions; those of shards that MARS wrote always."""
     captions: dict[tuple[str, str], Caption] = {}
-    for one in columns.captions or tuple(CaptionColumn(column=name) for name in _CAPTIONS):
+    own = CaptionColumn(column="captions")
+    named = columns.captions or tuple(CaptionColumn(column=name) for name in _CAPTIONS)
+    for one in named if own in named else (*named, own):
         found = values.get(one.column)
         for text in found if isinstance(found, list) else [found]:
-            caption = _caption(text, one=one, own=not columns.captions)
+            if one is own and not _is_own(text):
+                continue
+            caption = _caption(text, one=one)
             if caption.text:
                 captions.setdefault((caption.text, caption.language), caption)
     return tuple(captions.values())
 
 
-def _caption(found: Any, *, one: CaptionColumn, own: bool) -> Caption:
-    """One caption; `own` also takes those of shards that MARS wrote."""
-    if own and isinstance(found, dict) and found.keys() == {"text", "language", "kind"}:
+def _is_own(found: Any) -> bool:
+    """Whether it is a caption as shards hold it that MARS wrote."""
+    return isinstance(found, dict) and found.keys() == {"text", "language", "kind"}
+
+
+def _caption(found: Any, *, one: CaptionColumn) -> Caption:
+    if _is_own(found):
         language, kind = (_text(found[name], column=one.column) for name in ("language", "kind"))
         return Caption(text=_text(found["text"], column=one.column), language=language, kind=kind)
     return Caption(text=_text(found, column=one.column), language=one.language, kind=one.kind)

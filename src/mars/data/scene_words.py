@@ -1,0 +1,162 @@
+"""What a scene is, and how it is said in English and Chinese. Knows no pixels.
+
+A `Scene` is the single source of its picture (`scenes.draw_scene`) and of its captions. Lengths are pixels; a box is
+(left, top, right, bottom), right and bottom excluded.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mars.data.shards import Caption
+
+Kind = Literal["single", "count", "pair", "line"]
+Size = Literal["small", "medium", "large"]
+Relation = Literal["left", "right", "above", "below"]
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneObject:
+    """One shape; it touches all four sides of its box."""
+
+    shape: str
+    """A key of `SHAPES`."""
+    colour: str
+    """A key of `COLOURS`."""
+    size: Size
+    """`medium` is never named in a caption; in a line of three it is what fits."""
+    box: Box
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """A composition on a white square of `size` by `size` pixels; boxes never overlap."""
+
+    kind: Kind
+    """`single`; `count` (one to four of the same); `pair` (two different); `line` (three, in order)."""
+    objects: tuple[SceneObject, ...]
+    relation: Relation | None
+    """Where the first object of a pair or line stands, seen from the next: `left` of it, `above` it, ..."""
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeWords:
+    """What a shape is called; `measure` is its Chinese measure word."""
+
+    plural: str
+    chinese: str
+    measure: str
+
+
+SHAPES = {
+    "circle": ShapeWords(plural="circles", chinese="圆形", measure="个"),
+    "square": ShapeWords(plural="squares", chinese="正方形", measure="个"),
+    "triangle": ShapeWords(plural="triangles", chinese="三角形", measure="个"),
+    "star": ShapeWords(plural="stars", chinese="星星", measure="颗"),
+    "heart": ShapeWords(plural="hearts", chinese="爱心", measure="颗"),
+    "diamond": ShapeWords(plural="diamonds", chinese="菱形", measure="个"),
+    "ring": ShapeWords(plural="rings", chinese="圆环", measure="个"),
+    "cross": ShapeWords(plural="crosses", chinese="十字", measure="个"),
+}
+COLOURS = {
+    "red": (222, 36, 36),
+    "orange": (245, 140, 20),
+    "yellow": (250, 215, 25),
+    "green": (40, 165, 70),
+    "blue": (35, 90, 220),
+    "purple": (130, 50, 175),
+    "pink": (250, 145, 190),
+    "brown": (130, 78, 40),
+    "black": (20, 20, 20),
+    "gray": (140, 140, 140),
+}
+"""The exact RGB of every colour word."""
+CHINESE_COLOURS = dict(zip(COLOURS, "红橙黄绿蓝紫粉棕黑灰", strict=True))
+_CHINESE_SIZES = {"small": "小", "medium": "", "large": "大"}
+_CHINESE_SIDES = {"left": "左边", "right": "右边", "above": "上面", "below": "下面"}
+_ENGLISH_NUMBERS = ("", "one", "two", "three", "four")
+_CHINESE_NUMBERS = ("", "一", "两", "三", "四")
+
+
+def english_name(item: SceneObject) -> str:
+    """`large red circle`; a medium size is not named."""
+    size = "" if item.size == "medium" else f"{item.size} "
+    return f"{size}{item.colour} {item.shape}"
+
+
+def _english_article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def _chinese_name(item: SceneObject) -> str:
+    size = _CHINESE_SIZES[item.size]
+    return f"{size and size + '的'}{CHINESE_COLOURS[item.colour]}色{SHAPES[item.shape].chinese}"
+
+
+def _chinese_counted(item: SceneObject) -> str:
+    return f"一{SHAPES[item.shape].measure}{_chinese_name(item)}"
+
+
+def _english_captions(scene: Scene) -> tuple[str, str]:
+    """The phrasing that is trained on, and the one that is not."""
+    first = scene.objects[0]
+    names = [_english_article(english_name(item)) for item in scene.objects]
+    adjectives = first.colour if first.size == "medium" else f"{first.size} and {first.colour}"
+    number = len(scene.objects)
+    match scene.kind:
+        case "single":
+            return names[0], f"{_english_article(first.shape)} that is {adjectives}"
+        case "count" if number == 1:
+            return f"one {english_name(first)}", f"just one {first.shape}, which is {adjectives}"
+        case "count":
+            plural = SHAPES[first.shape].plural
+            named = english_name(first).removesuffix(first.shape) + plural
+            them = "both" if number == 2 else "all"
+            word = _ENGLISH_NUMBERS[number]
+            return f"{word} {named}", f"{word} {plural}, {them} of them {adjectives}"
+        case "pair":
+            (one, two), side = names, scene.relation
+            if side in ("left", "right"):
+                return f"{one} to the {side} of {two}", f"{two} with {one} on its {side}"
+            return f"{one} {side} {two}", f"{two} with {one} {side} it"
+    one, two, three = names
+    if scene.relation == "left":
+        places, order = ("on the left", "on the right"), "from left to right"
+    else:
+        places, order = ("at the top", "at the bottom"), "from top to bottom"
+    return f"{one}, {two} and {three} {order}", f"{places[0]} {one}, in the middle {two}, {places[1]} {three}"
+
+
+def _chinese_captions(scene: Scene) -> tuple[str, str]:
+    """The phrasing that is trained on, and the one that is not."""
+    first = scene.objects[0]
+    words = SHAPES[first.shape]
+    colour, size = CHINESE_COLOURS[first.colour] + "色", _CHINESE_SIZES[first.size]
+    number = len(scene.objects)
+    match scene.kind:
+        case "single":
+            held_out = f"一{words.measure}{words.chinese}，颜色是{colour}" + (size and f"，尺寸很{size}")
+            return _chinese_counted(first), held_out
+        case "count":
+            counted = f"{_CHINESE_NUMBERS[number]}{words.measure}"
+            total = "只有" if number == 1 else "一共"
+            return f"{counted}{_chinese_name(first)}", f"{colour}的{size}{words.chinese}，{total}{counted}"
+        case "pair":
+            assert scene.relation is not None
+            side = _CHINESE_SIDES[scene.relation]
+            other = _chinese_name(scene.objects[1])
+            return f"{other}{side}有{_chinese_counted(first)}", f"{_chinese_name(first)}在{other}的{side}"
+    one, two, three = (_chinese_counted(item) for item in scene.objects)
+    start, end = ("左边", "右边") if scene.relation == "left" else ("上面", "下面")
+    listed = f"从{start[0]}到{end[0]}依次是{one}、{two}和{three}"
+    return listed, f"{start}是{one}，中间是{two}，{end}是{three}"
+
+
+def captions_of(scene: Scene) -> tuple[Caption, ...]:
+    """Two captions per language: kind `scene`, which is trained on, and kind `paraphrase`, which is not."""
+    return tuple(
+        Caption(text=text, language=language, kind=kind)
+        for language, texts in (("en", _english_captions(scene)), ("zh", _chinese_captions(scene)))
+        for kind, text in zip(("scene", "paraphrase"), texts, strict=True)
+    )
