@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageChops, ImageOps
+from PIL import ExifTags, Image, ImageChops, ImageOps
 
 from mars.errors import ImageError
 from mars.picture import GeneratedImage, on_white_page, open_picture
@@ -59,10 +59,22 @@ def test_bytes_are_the_same_each_time_and_need_no_file(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() == files[0].getvalue()
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.webp", "a.bmp"])
-def test_other_formats_are_saved_without_the_text(tmp_path: Path, name: str) -> None:
-    GeneratedImage(blocks(), TEXT).save(tmp_path / name)
-    with Image.open(tmp_path / name) as found:
+@pytest.mark.parametrize("name", ["a.jpg", "a.webp", "JPEG", "webp"])
+def test_jpeg_and_webp_carry_the_text_in_exif(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    GeneratedImage(blocks(), TEXT | {"software": "mars-t2i 9"}).save(file, format=None if file.suffix else name)
+    with Image.open(file) as found:
+        assert found.size == (48, 32)
+        exif = found.getexif()
+    assert exif[ExifTags.Base.Software] == "mars-t2i 9"
+    comment = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+    assert comment.startswith(b"ASCII\0\0\0")
+    assert json.loads(comment[8:]) == TEXT | {"software": "mars-t2i 9"}
+
+
+def test_other_formats_are_saved_without_the_text(tmp_path: Path) -> None:
+    GeneratedImage(blocks(), TEXT).save(tmp_path / "a.bmp")
+    with Image.open(tmp_path / "a.bmp") as found:
         assert found.size == (48, 32)
         assert "prompt" not in found.info
 

@@ -35,6 +35,7 @@ from mars.cli.options import (
 )
 from mars.cli.progress import bar
 from mars.cli.prompts import prompts
+from mars.cli.serve import serve
 from mars.cli.upscale import upscale
 from mars.cli.write import write
 from mars.errors import MarsError, PromptError, RequestError
@@ -78,6 +79,7 @@ app.command()(bench)
 app.command()(write)
 app.command()(prompts)
 app.command(name="eval")(evaluate)
+app.command()(serve)
 
 
 def _standard_input() -> str:

@@ -3,7 +3,7 @@
 Letters: R rows, C columns.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -54,7 +54,6 @@ def draw(
     return [found[ticket] for ticket in tickets]
 
 
-@torch.inference_mode()
 def continue_text(
     transformer: MarsTransformer,
     prompt: Sequence[int],
@@ -66,13 +65,34 @@ def continue_text(
     seed: int = 0,
     emit: Callable[[int], None] | None = None,
 ) -> list[int]:
-    """Continues text ids until one of `end` or `max_tokens`; the end is not returned.
+    """What `text_ids` yields; `emit` is called with each id as it is chosen."""
+    found: list[int] = []
+    for chosen in text_ids(
+        transformer, prompt, max_tokens=max_tokens, end=end, image=image, sampling=sampling, seed=seed
+    ):
+        found.append(chosen)
+        if emit is not None:
+            emit(chosen)
+    return found
+
+
+@torch.inference_mode()
+def text_ids(
+    transformer: MarsTransformer,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int,
+    end: Sequence[int],
+    image: Tensor | None = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Continues text ids until one of `end` or `max_tokens`, id by id; the end is not yielded.
 
     Args:
         image: codes (R, C) that come before the text; `prompt` then begins with `</img>`. Without one this is the base
             LLM alone.
         sampling: default takes the likeliest id.
-        emit: called with each id as it is chosen.
 
     Raises:
         RequestError: if the prompt leaves no room in the LLM's positions.
@@ -87,15 +107,11 @@ def continue_text(
     if image is not None:
         transformer(read_image(image[None], transformer.vocabulary), cache)
     generator = torch.Generator().manual_seed(seed)
-    found: list[int] = []
     segment = text_segment([list(prompt)])
-    while len(found) < max_tokens:
+    for _ in range(max_tokens):
         hidden = transformer(segment, cache)
         chosen = int(sample(transformer.text_logits(hidden[:, -1]), [sampling], [generator])[0])
         if chosen in end:
-            break
-        found.append(chosen)
-        if emit is not None:
-            emit(chosen)
+            return
+        yield chosen
         segment = text_segment([[chosen]])
-    return found

@@ -20,7 +20,7 @@ import mars
 from mars.adapter import adapt, load_adapted
 from mars.checkpoint import MarsModel, is_whole_model, load_model
 from mars.errors import ModelError, PromptError, RequestError
-from mars.generation.engine import Progress, continue_text
+from mars.generation.engine import Progress
 from mars.generation.prompts import Prompts
 from mars.generation.sampling import Sampling
 from mars.hub import hub_folder, is_hub_id, upload
@@ -32,8 +32,7 @@ from mars.pipeline.editing import Margins, edit_order
 from mars.pipeline.orders import DEFAULT_SAMPLING, Generated, Order, draw_order, upscale_order
 from mars.pipeline.saving import save_with_card
 from mars.pipeline.upscaling import UPSCALE_SAMPLING
-from mars.pipeline.writing import Piece, Said, answer, document
-from mars.sequence.text import CAPTION_HINTS
+from mars.pipeline.writing import Piece, Said, captioning, document, reply
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "mars-mini"
 """The model that comes with the package."""
@@ -353,13 +352,9 @@ class MarsPipeline:
             ImageError: if the file is no such picture.
             RequestError: if the language is unknown.
         """
-        if language not in CAPTION_HINTS:
-            raise RequestError(f"language must be one of {', '.join(CAPTION_HINTS)}, got {language!r}")
-        codes = self.encode(image if isinstance(image, Image.Image) else open_picture(Path(image)))
-        tokenizer = self.model.text_tokenizer
-        prompt = [self.model.transformer.vocabulary.image_end, *tokenizer.encode(CAPTION_HINTS[language])]
-        ids = continue_text(self.model.transformer, prompt, max_tokens=max_tokens, end=(tokenizer.eos_id,), image=codes)
-        return tokenizer.decode(ids).strip()
+        picture = image if isinstance(image, Image.Image) else open_picture(Path(image))
+        pieces = captioning(self, picture, language=language, max_tokens=max_tokens)
+        return "".join(piece.text for piece in pieces).strip()
 
     def chat(
         self,
@@ -378,7 +373,12 @@ class MarsPipeline:
         Raises:
             PromptError: if the text is empty.
         """
-        return answer(self.model, text, system=system, max_tokens=max_tokens, emit=emit)
+        said = ""
+        for piece in reply(self.model, text, system=system, max_tokens=max_tokens):
+            said += piece.text
+            if emit is not None:
+                emit(piece.text)
+        return said
 
     def write(self, parts: Said | Sequence[Said], **options: Any) -> Iterator[Piece]:
         """Goes on from texts and pictures in any order, a text first: the model writes, and paints where it wants to.

@@ -1,6 +1,6 @@
 """Text out: what the base LLM answers, and documents in which text and pictures take turns."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,15 +9,15 @@ from PIL import Image
 from torch import Tensor
 
 from mars.checkpoint import MarsModel
-from mars.errors import PromptError
-from mars.generation.engine import continue_text
+from mars.errors import PromptError, RequestError
+from mars.generation.engine import text_ids
 from mars.generation.joint import Drew, DrewRow, WriteRequest, Wrote, write
 from mars.generation.sampling import Sampling
 from mars.picture import GeneratedImage, open_picture
 from mars.pipeline.checks import all_seeds
 from mars.pipeline.orders import DEFAULT_SAMPLING
 from mars.sequence.interleaved import ImagePart, Part, TextPart
-from mars.sequence.text import TextTokenizer
+from mars.sequence.text import CAPTION_HINTS, TextTokenizer
 
 if TYPE_CHECKING:
     from mars.pipeline import MarsPipeline
@@ -31,6 +31,8 @@ class Words:
     """Another piece of text."""
 
     text: str
+    tokens: int
+    """Ids that it was decoded from."""
 
 
 @dataclass(frozen=True)
@@ -57,43 +59,78 @@ class Speaker:
     tokenizer: TextTokenizer
     ids: list[int] = field(default_factory=list)
     told: str = ""
+    counted: int = 0
+    """Ids of what was told."""
 
-    def say(self, token: int) -> str:
+    def say(self, token: int) -> Iterator[Words]:
         """What can be told after another id."""
         self.ids.append(token)
         whole = self.tokenizer.decode(self.ids)
-        return "" if whole.endswith("\ufffd") else self._tell(whole)
+        if not whole.endswith("\ufffd"):
+            yield from self._tell(whole)
 
-    def rest(self) -> str:
+    def rest(self) -> Iterator[Words]:
         """What waited in vain."""
-        return self._tell(self.tokenizer.decode(self.ids))
+        yield from self._tell(self.tokenizer.decode(self.ids))
 
-    def _tell(self, whole: str) -> str:
-        piece, self.told = whole[len(self.told) :], whole
-        return piece
+    def _tell(self, whole: str) -> Iterator[Words]:
+        if piece := whole[len(self.told) :]:
+            yield Words(piece, tokens=len(self.ids) - self.counted)
+            self.told, self.counted = whole, len(self.ids)
 
 
-def answer(model: MarsModel, text: str, *, system: str, max_tokens: int, emit: Callable[[str], None] | None) -> str:
-    """The likeliest answer; arguments and errors are those of `MarsPipeline.chat`."""
+def reply(
+    model: MarsModel,
+    text: str,
+    *,
+    system: str | None,
+    before: Sequence[tuple[str, str]] = (),
+    max_tokens: int,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> Iterator[Words]:
+    """The base LLM's answer, piece by piece.
+
+    Args:
+        before: what was said so far, as (`user` or `assistant`, text).
+        sampling: default takes the likeliest id.
+
+    Raises:
+        PromptError: if the text is empty.
+        RequestError: if what was said leaves no room in the LLM's positions.
+    """
     if not text.strip():
         raise PromptError("the text must not be empty; say something")
     tokenizer = model.text_tokenizer
-    speaker = Speaker(tokenizer)
-
-    def tell(token: int) -> None:
-        if (piece := speaker.say(token)) and emit is not None:
-            emit(piece)
-
-    ids = continue_text(
-        model.transformer,
-        tokenizer.apply_chat(text, system=system),
-        max_tokens=max_tokens,
-        end=(tokenizer.eos_id,),
-        emit=tell,
+    ids = tokenizer.apply_chat(text, system=system, before=before)
+    end = (tokenizer.eos_id,)
+    return _spoken(
+        tokenizer,
+        text_ids(model.transformer, ids, max_tokens=max_tokens, end=end, sampling=sampling, seed=seed),
     )
-    if (piece := speaker.rest()) and emit is not None:
-        emit(piece)
-    return tokenizer.decode(ids)
+
+
+def captioning(
+    pipe: "MarsPipeline", picture: Image.Image, *, language: str, max_tokens: int, sampling: Sampling | None = None,
+    seed: int = 0,
+) -> Iterator[Words]:  # fmt: skip
+    """What a picture shows, piece by piece; arguments and errors are those of `MarsPipeline.caption`."""
+    if language not in CAPTION_HINTS:
+        raise RequestError(f"language must be one of {', '.join(CAPTION_HINTS)}, got {language!r}")
+    tokenizer, transformer = pipe.model.text_tokenizer, pipe.model.transformer
+    prompt = [transformer.vocabulary.image_end, *tokenizer.encode(CAPTION_HINTS[language])]
+    ids = text_ids(
+        transformer, prompt, max_tokens=max_tokens, end=(tokenizer.eos_id,), image=pipe.encode(picture),
+        sampling=sampling, seed=seed,
+    )  # fmt: skip
+    return _spoken(tokenizer, ids)
+
+
+def _spoken(tokenizer: TextTokenizer, ids: Iterable[int]) -> Iterator[Words]:
+    speaker = Speaker(tokenizer)
+    for token in ids:
+        yield from speaker.say(token)
+    yield from speaker.rest()
 
 
 def document(
@@ -132,19 +169,16 @@ def _pieces(
     for event in events:
         match event:
             case Wrote():
-                if piece := speaker.say(event.id):
-                    yield Words(piece)
+                yield from speaker.say(event.id)
             case DrewRow():
                 if previews:
                     yield HalfDrawn(pipe.preview(event.codes, rows=request.grid[0]))
             case Drew():
-                if piece := speaker.rest():
-                    yield Words(piece)
+                yield from speaker.rest()
                 yield Painted(_painted(pipe, event.codes, seed=request.seed + images, settings=settings, said=speaker))
                 images += 1
                 speaker = Speaker(pipe.model.text_tokenizer)
-    if piece := speaker.rest():
-        yield Words(piece)
+    yield from speaker.rest()
 
 
 def _painted(

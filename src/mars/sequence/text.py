@@ -1,7 +1,7 @@
 """Text to ids and back, with the tokenizer of the LLM; it knows nothing of pictures or of the model."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -64,18 +64,18 @@ class TextTokenizer:
         """The text of ids, without control tokens. `decode(encode(text))` is `text` (NFC for Qwen)."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-    def apply_chat(self, text: str, *, system: str | None = None) -> list[int]:
+    def apply_chat(self, text: str, *, system: str | None = None, before: Sequence[tuple[str, str]] = ()) -> list[int]:
         """The ids of a user's message in the LLM's chat template, up to where the answer starts.
 
-        The template's control tokens count, the user's are text. Without a template: `encode(text)`.
+        `before` is what was said so far, as (`user` or `assistant`, text). The template's control tokens count, those
+        of texts are text. Without a template: all texts, a line each.
         Raises ModelError when the template refuses the message.
         """
         if not self._template_source:
-            return self.encode(text)
-        mark = self._unused_character(text + (system or ""))
-        messages = [{"role": "user", "content": self._broken(_checked(text), mark=mark)}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": self._broken(_checked(system), mark=mark)})
+            return self.encode("\n".join([*(said for _, said in before), text]))
+        turns = [*([] if system is None else [("system", system)]), *before, ("user", text)]
+        mark = self._unused_character("".join(said for _, said in turns))
+        messages = [{"role": role, "content": self._broken(_checked(said), mark=mark)} for role, said in turns]
         try:
             rendered = self._template.render(
                 messages=messages,
