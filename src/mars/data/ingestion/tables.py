@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ TABLE_SUFFIXES = frozenset({"jsonl", "ndjson", "csv", "tsv", "parquet", "arrow"}
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "image_path", "file_name", "filename", "path", "file")
 """Taken in this order where no column was named."""
 _BLANK = ""
+Rows = Generator[dict[str, Any] | str, None, None]
 """In place of a row: nothing is there."""
 _ROWS = 64
 """Of an Arrow table in memory as Python objects."""
@@ -125,7 +126,11 @@ def head_of(path: Path) -> list[str]:
     """
     if found := _columns(path):
         return found
-    return list(next((row for row in _rows(path, wanted=set()) if isinstance(row, dict)), {}))
+    rows = _rows(path, wanted=set())
+    try:
+        return list(next((row for row in rows if isinstance(row, dict)), {}))
+    finally:
+        rows.close()
 
 
 def split_of(name: str) -> dict[str, str]:
@@ -159,7 +164,7 @@ def _picture(value: Any, *, folder: Path) -> bytes | Path:
     return path
 
 
-def _rows(path: Path, *, wanted: set[str]) -> Iterator[dict[str, Any] | str]:
+def _rows(path: Path, *, wanted: set[str]) -> Rows:
     """The rows of any table; `wanted` saves reading other columns where that can be saved."""
     match suffix_of(path.name):
         case "parquet":
@@ -172,7 +177,7 @@ def _rows(path: Path, *, wanted: set[str]) -> Iterator[dict[str, Any] | str]:
             return _json_rows(path)
 
 
-def _json_rows(path: Path) -> Iterator[dict[str, Any] | str]:
+def _json_rows(path: Path) -> Rows:
     with path.open("rb") as file:
         for line in file:
             if not line.strip():
@@ -192,7 +197,7 @@ def _delimiter(path: Path) -> str:
     return "\t" if suffix_of(path.name) == "tsv" else ","
 
 
-def _csv_rows(path: Path) -> Iterator[dict[str, Any] | str]:
+def _csv_rows(path: Path) -> Rows:
     csv.field_size_limit(sys.maxsize >> 32)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file, delimiter=_delimiter(path))
@@ -206,7 +211,7 @@ def _csv_rows(path: Path) -> Iterator[dict[str, Any] | str]:
                 yield dict(zip(names, row, strict=True))
 
 
-def _parquet_rows(path: Path, *, wanted: set[str]) -> Iterator[dict[str, Any] | str]:
+def _parquet_rows(path: Path, *, wanted: set[str]) -> Rows:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
@@ -221,7 +226,7 @@ def _arrow_reader(path: Path) -> Any:
     return pa.ipc.open_stream(pa.memory_map(str(path)))
 
 
-def _arrow_rows(path: Path, *, wanted: set[str]) -> Iterator[dict[str, Any] | str]:
+def _arrow_rows(path: Path, *, wanted: set[str]) -> Rows:
     for batch in _arrow_reader(path):
         chosen = batch.select([name for name in batch.schema.names if name in wanted])
         for start in range(0, chosen.num_rows, _ROWS):
