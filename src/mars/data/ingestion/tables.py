@@ -19,8 +19,9 @@ from mars.errors import DataError
 TABLE_SUFFIXES = frozenset({"jsonl", "ndjson", "csv", "tsv", "parquet", "arrow"})
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "image_path", "file_name", "filename", "path", "file")
 """Taken in this order where no column was named."""
-_BLANK = ""
 Rows = Generator[dict[str, Any] | str, None, None]
+"""Rows of a table, or why one cannot be used."""
+_BLANK = ""
 """In place of a row: nothing is there."""
 _ROWS = 64
 """Of an Arrow table in memory as Python objects."""
