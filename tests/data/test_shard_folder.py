@@ -4,12 +4,10 @@ import gc
 import importlib.util
 import json
 import os
-import resource
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import pytest
 from mars.data.shard_folder import ShardFolder
 from mars.data.shards import Caption, Picture, Record, Suffix, read_pictures, shard_paths
 from mars.errors import DataError
+from tests.conftest import files_end_at
 
 COUNT = 23
 SETTINGS = {"source": "somewhere", "colours": [1, 2]}
@@ -265,20 +264,10 @@ def test_two_processes_never_write_the_same_folder(tmp_path: Path) -> None:
     assert len(list(read_pictures(tmp_path / "out"))) == 1
 
 
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_is_one_line_and_the_run_continues_later(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     write(out, stop_at=12)
-    with files_of_at_most(3000), pytest.raises(DataError) as caught:
+    with files_end_at(3000), pytest.raises(DataError) as caught:
         write(out)
     assert "; 5 pictures lie in whole shards, and the same command continues" in str(caught.value)
     assert "\n" not in str(caught.value)

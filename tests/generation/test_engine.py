@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mars.errors import RequestError
 from mars.generation import engine, scheduler
-from mars.generation.engine import continue_text
+from mars.generation.engine import text_ids
 from mars.generation.request import SEED_STRIDE, DrawRequest
 from mars.generation.sampling import Sampling
 from mars.model.transformer import MarsTransformer
@@ -150,6 +150,10 @@ def test_drawing_leaves_a_model_that_can_be_trained(transformer: MarsTransformer
     transformer.zero_grad()
 
 
+def continue_text(transformer: MarsTransformer, prompt: Sequence[int], **options: Any) -> list[int]:
+    return list(text_ids(transformer, prompt, **options))
+
+
 def test_text_goes_on_as_transformers_does_it(transformer: MarsTransformer, tiny_llm: Path) -> None:
     import transformers
 
@@ -179,9 +183,9 @@ def test_text_after_an_image_is_that_of_the_full_pass(transformer: MarsTransform
 
 
 def test_text_stops_at_an_end_and_at_the_last_position(transformer: MarsTransformer) -> None:
-    heard: list[int] = []
-    whole = continue_text(transformer, PROMPTS[0], max_tokens=12, end=(), emit=heard.append)
-    assert heard == whole
+    whole = continue_text(transformer, PROMPTS[0], max_tokens=12, end=())
+    heard = text_ids(transformer, PROMPTS[0], max_tokens=100, end=())
+    assert [next(heard) for _ in range(12)] == whole
     assert len(whole) == 12
     end = whole[4]
     assert continue_text(transformer, PROMPTS[0], max_tokens=12, end=(end,)) == whole[: whole.index(end)]

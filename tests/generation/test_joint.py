@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mars.errors import RequestError
-from mars.generation.engine import continue_text, draw
+from mars.generation.engine import draw, text_ids
 from mars.generation.joint import Drew, DrewRow, WriteRequest, Wrote, write
 from mars.generation.request import DrawRequest
 from mars.generation.sampling import Sampling
@@ -26,7 +26,7 @@ def transformer(
 ) -> MarsTransformer:
     transformer = build_tiny(**(pocket if request.param == "pocket" else {}))
     with torch.no_grad():  # an image where the fourth id would stand
-        fourth = continue_text(transformer, START.ids, max_tokens=4, end=())[3]
+        fourth = list(text_ids(transformer, START.ids, max_tokens=4, end=()))[3]
         transformer.special_head.weight[0] = 1.2 * transformer.text_table[fourth]
     return transformer
 
@@ -92,7 +92,7 @@ def test_an_image_is_the_one_that_a_call_draws_after_the_same_text(
 
 def test_without_images_it_is_the_base_llm(transformer: MarsTransformer) -> None:
     found = document(write(transformer, ask(max_images=0)))
-    assert found == continue_text(transformer, START.ids, max_tokens=24, end=())
+    assert found == list(text_ids(transformer, START.ids, max_tokens=24, end=()))
     assert document(write(transformer, ask(max_images=0, end=(found[5],)))) == found[: found.index(found[5])]
 
 

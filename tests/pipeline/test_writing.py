@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from mars.errors import PromptError, RequestError
-from mars.generation.engine import continue_text
+from mars.generation.engine import text_ids
 from mars.generation.sampling import Sampling
 from mars.picture import GeneratedImage
 from mars.pipeline import MarsPipeline
@@ -21,7 +21,7 @@ def painter(tiny_model: Path) -> MarsPipeline:
     pipe = MarsPipeline.from_pretrained(tiny_model)
     transformer = pipe.model.transformer
     with torch.no_grad():
-        second = continue_text(transformer, pipe.prompt_ids("red"), max_tokens=2, end=())[1]
+        second = list(text_ids(transformer, pipe.prompt_ids("red"), max_tokens=2, end=()))[1]
         transformer.special_head.weight[0] = 1.2 * transformer.text_table[second]
     return pipe
 

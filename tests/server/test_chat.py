@@ -10,7 +10,7 @@ import torch
 from openai import OpenAI
 from PIL import Image
 
-from mars.generation.engine import continue_text
+from mars.generation.engine import text_ids
 from mars.pipeline import MarsPipeline
 from mars.server.settings import Settings
 from tests.server.conftest import Running, running
@@ -33,7 +33,7 @@ def painter(tiny_model: Path) -> Iterator[Running]:
     pipe = MarsPipeline.from_pretrained(tiny_model)
     transformer = pipe.model.transformer
     with torch.no_grad():
-        second = continue_text(transformer, pipe.prompt_ids("red"), max_tokens=2, end=())[1]
+        second = list(text_ids(transformer, pipe.prompt_ids("red"), max_tokens=2, end=()))[1]
         transformer.special_head.weight[0] = 1.2 * transformer.text_table[second]
     with running(pipe, Settings()) as found:
         yield found

@@ -54,28 +54,6 @@ def draw(
     return [found[ticket] for ticket in tickets]
 
 
-def continue_text(
-    transformer: MarsTransformer,
-    prompt: Sequence[int],
-    *,
-    max_tokens: int,
-    end: Sequence[int],
-    image: Tensor | None = None,
-    sampling: Sampling | None = None,
-    seed: int = 0,
-    emit: Callable[[int], None] | None = None,
-) -> list[int]:
-    """What `text_ids` yields; `emit` is called with each id as it is chosen."""
-    found: list[int] = []
-    for chosen in text_ids(
-        transformer, prompt, max_tokens=max_tokens, end=end, image=image, sampling=sampling, seed=seed
-    ):
-        found.append(chosen)
-        if emit is not None:
-            emit(chosen)
-    return found
-
-
 @torch.inference_mode()
 def text_ids(
     transformer: MarsTransformer,

@@ -165,7 +165,7 @@ class MarsPipeline:
         Args:
             seed: of the first picture of each prompt, the others count up from it; or one seed per picture. Without
                 one it is drawn at random. A picture depends on its prompt, seed and settings; what is drawn beside it
-                changes nothing where there is a kernel, and no more than rounding does elsewhere.
+                changes no more than rounding does.
             width, height: pixels; must be a size of `sizes`.
             negative_prompt: what guidance moves away from.
             sampling: temperature, top-k, top-p, guidance and candidates.
