@@ -8,6 +8,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from mars.errors import CheckpointError, MarsError
@@ -27,16 +28,16 @@ def whole_file(path: Path, *, error: type[MarsError]) -> Iterator[Path]:
     Raises:
         error: if the disk is full or the place cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    hidden = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
+        yield hidden
+        os.replace(hidden, path)
     except OSError as problem:
         raise error(f"cannot write {path}: {reason(problem)}; nothing was written") from problem
     finally:
         with suppress(OSError):
-            partial.unlink()
+            hidden.unlink()
 
 
 @contextmanager
@@ -115,6 +116,21 @@ REMEMBERED = 2**28
 """Bytes of files from which it is worth remembering what was computed of them."""
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of what a file holds, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_digest(files: Sequence[Path]) -> str:
+    """Digest of what files hold, in their order; their names do not count. That of large ones is remembered."""
+    whole = hashlib.sha256()
+    for path in files:
+        compute = partial(file_digest, path)
+        whole.update(remembered([path], compute, cache=cache_folder(), what="digest of a file").encode())
+    return f"sha256:{whole.hexdigest()}"
+
+
 def remembered(files: Sequence[Path], compute: Callable[[], str], *, cache: Path, what: str) -> str:
     """A line of text that depends on files alone: computed once, as long as their sizes and times of change stay.
 
@@ -129,6 +145,6 @@ def remembered(files: Sequence[Path], compute: Callable[[], str], *, cache: Path
         if known := place.read_text("utf-8"):
             return known
     found = compute()
-    with suppress(MarsError), whole_file(place, error=MarsError) as partial:
-        partial.write_text(found, encoding="utf-8")
+    with suppress(MarsError), whole_file(place, error=MarsError) as hidden:
+        hidden.write_text(found, encoding="utf-8")
     return found

@@ -9,7 +9,6 @@ A shard counts once its JSON is there and its files are what it says; any other 
 alone, so the bytes are those of a run that was never stopped.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from mars.data.picture_set import shard_digests
 from mars.data.shards import INDEX, CodedPicture, Picture, read_pictures, write_codes
 from mars.data.workers import WorkerDied, in_order
 from mars.errors import DataError
-from mars.files import place_for, whole_file
+from mars.files import file_digest, place_for, whole_file
 
 Report = Callable[[int, int | None], None]
 """Called with how many pictures are done, and how many there are where that is known."""
@@ -182,7 +181,4 @@ def _total(pictures: Path) -> int | None:
 
 def _digest(path: Path) -> str | None:
     """SHA-256 of a file, if it is there."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path) if path.is_file() else None

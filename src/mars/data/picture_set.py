@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mars.data.shards import INDEX, read_pictures, shard_paths
 from mars.errors import DataError
+from mars.files import file_digest
 
 
 def shard_digests(source: Path) -> dict[Path, str]:
@@ -20,8 +21,7 @@ def shard_digests(source: Path) -> dict[Path, str]:
             if source.is_dir():
                 digests[shard] = str(json.loads(shard.with_suffix(".json").read_text("utf-8"))["sha256"])
             else:
-                with shard.open("rb") as file:
-                    digests[shard] = hashlib.file_digest(file, "sha256").hexdigest()
+                digests[shard] = file_digest(shard)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{source} is not a whole picture set ({error}); make it again") from error
     return digests

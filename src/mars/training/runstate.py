@@ -1,18 +1,16 @@
 """What keeps a run whole: its numbers stay finite, its files are what was written, and a second run over its folder is
 the same run."""
 
-import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mars.checkpoint import read_json, write_json
 from mars.config import to_dict
 from mars.errors import CheckpointError, ConfigError, TrainingError
-from mars.files import cache_folder, remembered
+from mars.files import file_digest
 
 FILE = "state.json"
 
@@ -53,15 +51,6 @@ def fixed_values(config: Any, *, free: Collection[str]) -> dict[str, Any]:
     return dict(chosen(to_dict(config), ""))
 
 
-def files_digest(files: Sequence[Path]) -> str:
-    """Digest of what files hold, in their order; their names do not count."""
-    whole = hashlib.sha256()
-    for path in files:
-        one = remembered([path], partial(_digest, path), cache=cache_folder(), what="digest of a file")
-        whole.update(one.encode())
-    return f"sha256:{whole.hexdigest()}"
-
-
 def write_state(
     folder: Path, *, step: int, fixed: Mapping[str, Any], progress: Mapping[str, Any] | None = None
 ) -> None:
@@ -71,7 +60,7 @@ def write_state(
         fixed: what a run that continues it must share, ready for JSON.
         progress: what else it must know, ready for JSON.
     """
-    files = {str(path.relative_to(folder)): _digest(path) for path in _files(folder)}
+    files = {str(path.relative_to(folder)): f"sha256:{file_digest(path)}" for path in _files(folder)}
     write_json(folder / FILE, {"step": step, "fixed": dict(fixed), "progress": dict(progress or {}), "files": files})
 
 
@@ -88,8 +77,12 @@ def check_files(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
-        if _digest(path) != wanted:
+        if f"sha256:{file_digest(path)}" != wanted:
             raise CheckpointError(f"{path} is damaged: it is not what was written")
+
+
+_ONCE_FIXED = ("seed", "batch_size")
+"""What states said beside the step, before they said all that is fixed."""
 
 
 def read_state(folder: Path, *, fixed: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -103,7 +96,7 @@ def read_state(folder: Path, *, fixed: Mapping[str, Any]) -> tuple[int, dict[str
     step = state.get("step")
     if type(step) is not int or step < 0:
         raise CheckpointError(f"{folder / FILE} must hold the step, a number from 0, got {step!r}")
-    stored = state.get("fixed") or {}
+    stored = state.get("fixed") or {name: state[name] for name in _ONCE_FIXED if name in state}
     for name, wanted in fixed.items():
         if (found := stored.get(name, wanted)) != wanted:
             raise ConfigError(
@@ -119,8 +112,3 @@ def _shown(value: Any) -> str:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / FILE)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

@@ -20,6 +20,7 @@ from mars.data.code_table import shard_files
 from mars.data.documents import CodedImage, Document, read_all_documents
 from mars.data.loader import Loader
 from mars.errors import CheckpointError, ConfigError, DataError
+from mars.files import files_digest
 from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.image_tokenizer.model import ImageTokenizer
 from mars.model.base_llm import BaseLLM, lasting_source, open_base_llm
@@ -27,7 +28,6 @@ from mars.model.config import ModelConfig, SemVIEConfig
 from mars.model.transformer import MarsTransformer, build_transformer, start_visual
 from mars.sequence.layout import drawing_order
 from mars.sequence.text import TextTokenizer
-from mars.training.runstate import files_digest
 from mars.training.stages import DOCUMENT_TASKS, LANGUAGE, ModelSource, StageConfig
 
 LOW_PROJECTION = "low_projection.weight"

@@ -22,7 +22,7 @@ from mars.checkpoint import (
 )
 from mars.data.shards import read_pictures, shard_paths
 from mars.errors import ConfigError, DataError
-from mars.files import atomic_folder, tidy_folder
+from mars.files import atomic_folder, files_digest, tidy_folder
 from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.image_tokenizer.losses import (
     PatchDiscriminator,
@@ -34,12 +34,12 @@ from mars.image_tokenizer.metrics import codebook_statistics, psnr
 from mars.image_tokenizer.model import ImageTokenizer, reconstruct
 from mars.image_tokenizer.quantizer import CodebookTrainer, rate_bias
 from mars.training.runlog import RunLog
-from mars.training.runstate import check_files, check_finite, files_digest, fixed_values, read_state, write_state
+from mars.training.runstate import check_files, check_finite, fixed_values, read_state, write_state
 
 RATE_PICTURES = 2048
 """Pictures on which it is measured how common codes are."""
-FREE = ("data", "out", "steps", "learning_rate", "warmup", "report_every", "save_every")
-"""What may change in a run that is continued; of the data the places may, not what is there."""
+FREE = ("data", "out", "start_from", "steps", "learning_rate", "warmup", "report_every", "save_every")
+"""What may change in a run that is continued; of the data and of what it starts from the places may."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +174,10 @@ class TokenizerTrainer:
         )
         self.step = 0
         shards = [shard for path in config.data for shard in shard_paths(path)]
-        self.fixed = fixed_values(config, free=FREE) | {"data": files_digest(shards)}
+        self.fixed = fixed_values(config, free=FREE) | {
+            "data": files_digest(shards),
+            "start_from": "nothing" if config.start_from is None else "a tokenizer",
+        }
         """What a run that is continued must share."""
         self.last = config.out / "last"
         tidy_folder(self.last)

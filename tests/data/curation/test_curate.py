@@ -16,9 +16,9 @@ from mars.config import from_dict
 from mars.data.curation import curate as module
 from mars.data.curation.config import CurationConfig
 from mars.data.curation.curate import curate
-from mars.data.curation.scorers import files_digest
 from mars.data.shards import Picture, read_pictures
 from mars.errors import DataError
+from mars.files import files_digest
 from tests.data.conftest import SpoiledFolder
 
 RULES = {

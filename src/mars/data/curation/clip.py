@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from mars.data.curation.scorers import files_digest
 from mars.data.shards import Caption
 from mars.errors import ModelError
+from mars.files import files_digest
 
 BATCH = 32
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -1,10 +1,8 @@
 """Scores of pictures: what a scorer is, how one is opened by its name, and two that need no weights."""
 
-import hashlib
 import importlib
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +11,6 @@ from PIL import Image
 from mars.data.curation.config import ScorerConfig
 from mars.data.shards import Caption
 from mars.errors import ConfigError
-from mars.files import cache_folder, remembered
 
 SHARPNESS_SIDE = 256
 
@@ -57,19 +54,6 @@ def open_scorer(config: ScorerConfig) -> Scorer:
         )
     scorer: Scorer = made
     return scorer
-
-
-def files_digest(files: Sequence[Path]) -> str:
-    """SHA-256 over what files hold; of large ones it is remembered as long as they do not change."""
-
-    def compute() -> str:
-        whole = hashlib.sha256()
-        for path in files:
-            with path.open("rb") as file:
-                whole.update(hashlib.file_digest(file, "sha256").digest())
-        return whole.hexdigest()
-
-    return remembered(files, compute, cache=cache_folder(), what="digest of a scorer")
 
 
 class Colourfulness:

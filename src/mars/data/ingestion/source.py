@@ -10,7 +10,7 @@ from typing import Any
 
 from mars.data.ingestion.files import files_below, folder_parts, tar_part
 from mars.data.ingestion.image_folder import ImageFolder, metadata_tables
-from mars.data.ingestion.items import PICTURE_SUFFIXES, Part, suffix_of
+from mars.data.ingestion.items import PICTURE_SUFFIXES, TEXT_SUFFIXES, Part, suffix_of
 from mars.data.ingestion.records import Columns
 from mars.data.ingestion.tables import TABLE_SUFFIXES, require_columns, saved_tables, split_of, table_part
 from mars.errors import DataError
@@ -61,7 +61,7 @@ def open_source(path: Path, *, columns: Columns) -> Source:
         tables = [(each, split_of(_below(each, path)) if each != path else {}) for each in found["table"]]
         return _tables(describe, tables, root=path, columns=columns)
     if metadata := metadata_tables(found["table"]):
-        return describe(parts=ImageFolder(path, metadata, columns=columns).parts)
+        return _image_folder(describe, metadata, root=path, columns=columns)
     if path.is_dir() and others:
         return describe(parts=lambda: folder_parts(path))
     what = "is empty" if path.is_dir() else "is neither a tar nor a table"
@@ -99,6 +99,15 @@ def _below(path: Path, root: Path) -> str:
 
 def _tar(path: Path, *, root: Path, columns: Columns) -> Part:
     return tar_part(path, name=_below(path, root), image=columns.roles.get("image"))
+
+
+def _image_folder(describe: Callable[..., Source], tables: list[Path], *, root: Path, columns: Columns) -> Source:
+    """Captions may also be texts beside the pictures."""
+    folder, there = ImageFolder(root, tables, columns=columns), {*TEXT_SUFFIXES}
+    required = [name for name in columns.required if name != columns.roles.get("image")]
+    for path in tables:
+        there |= require_columns(path, columns=required, captions=columns.caption_names, may_lack_captions=True)
+    return describe(parts=folder.parts, lacks=tuple(name for name in columns.caption_names if name not in there))
 
 
 def _tables(

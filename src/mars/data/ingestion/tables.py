@@ -72,12 +72,14 @@ def _image_column(row: dict[str, Any], *, path: Path) -> str:
     raise DataError(f"{path} has no column of pictures that is known; say which with --column image=NAME")
 
 
-def require_columns(path: Path, *, columns: Collection[str], captions: Collection[str]) -> set[str]:
+def require_columns(
+    path: Path, *, columns: Collection[str], captions: Collection[str], may_lack_captions: bool = False
+) -> set[str]:
     """Looks at the head of a table for columns that were named.
 
     Args:
         columns: all of which must be there.
-        captions: one of which must be there, if any is named.
+        captions: one of which must be there, if any is named, unless `may_lack_captions`.
 
     Returns:
         The `captions` that are there; of JSON lines, where every row may have other columns, and of a table that is
@@ -95,7 +97,7 @@ def require_columns(path: Path, *, columns: Collection[str], captions: Collectio
     if missing := sorted(set(columns) - set(found)):
         raise DataError(f"{path} has no column {missing[0]}; it has {', '.join(found)}")
     there = set(captions) & set(found)
-    if captions and not there:
+    if captions and not there and not may_lack_captions:
         raise DataError(
             f"{path} has no column {' or '.join(captions)}; it has {', '.join(found)}: name that of its captions too, "
             "with --caption"
