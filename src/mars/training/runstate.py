@@ -81,10 +81,6 @@ def check_files(folder: Path) -> None:
             raise CheckpointError(f"{path} is damaged: it is not what was written")
 
 
-_ONCE_FIXED = ("seed", "batch_size")
-"""What states said beside the step, before they said all that is fixed."""
-
-
 def read_state(folder: Path, *, fixed: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
     """The step that a run is at, and what else it stored. What an older state does not name is not compared.
 
@@ -96,7 +92,7 @@ def read_state(folder: Path, *, fixed: Mapping[str, Any]) -> tuple[int, dict[str
     step = state.get("step")
     if type(step) is not int or step < 0:
         raise CheckpointError(f"{folder / FILE} must hold the step, a number from 0, got {step!r}")
-    stored = state.get("fixed") or {name: state[name] for name in _ONCE_FIXED if name in state}
+    stored = state.get("fixed") or {}
     for name, wanted in fixed.items():
         if (found := stored.get(name, wanted)) != wanted:
             raise ConfigError(
