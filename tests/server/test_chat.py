@@ -13,7 +13,7 @@ from PIL import Image
 from mars.generation.engine import text_ids
 from mars.pipeline import MarsPipeline
 from mars.server.settings import Limits, Settings
-from tests.server.conftest import Running, running
+from tests.server.conftest import Lines, Running, running
 
 
 def url(image: Image.Image) -> str:
@@ -98,6 +98,22 @@ def test_text_and_pictures_come_in_turns(painter: Running) -> None:
         assert [part for part in told if part["type"] == "image_url"] == [
             part for part in parts if part["type"] == "image_url"
         ]
+
+
+def test_a_streamed_chat_whose_picture_is_refused_says_so(painter: Running, log: Lines) -> None:
+    def look(_: str, image: Image.Image | None) -> str | None:
+        return None if image is None else "bad picture"
+
+    body = {"modalities": ["text", "image"], "max_images": 1, "seed": 4}
+    messages: list[Any] = [{"role": "user", "content": "red"}]
+    with running(painter.worker.pipe, Settings(moderation=look)) as found, found.client() as client:
+        with pytest.raises(openai.APIError, match="bad picture"):
+            list(
+                client.chat.completions.create(
+                    model="tiny", messages=messages, max_tokens=12, stream=True, extra_body=body
+                )
+            )
+        assert log.wait(400)["path"] == "/v1/chat/completions"
 
 
 def test_only_pictures_that_are_seen_are_read_and_counted(client: OpenAI, pipe: MarsPipeline) -> None:

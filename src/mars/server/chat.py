@@ -237,6 +237,7 @@ async def _chunks(service: Service, chat: Chat, hearing: Hearing, *, with_usage:
             yield event(head | {"choices": [], "usage": told.usage(service, chat)})
         yield b"data: [DONE]\n\n"
     except ApiError as error:
+        hearing.note(error)
         yield event(error.body)
 
 
