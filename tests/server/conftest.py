@@ -1,7 +1,10 @@
 """A server of the tiny model in a thread, and OpenAI's own client."""
 
 import asyncio
+import json
+import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -12,6 +15,7 @@ from openai import OpenAI
 
 from mars.pipeline import MarsPipeline
 from mars.server.app import make_app
+from mars.server.guard import LOG, JsonLines
 from mars.server.serve import bind
 from mars.server.settings import Settings
 from mars.server.worker import Worker
@@ -80,3 +84,33 @@ def client(started: Running) -> Iterator[OpenAI]:
     """OpenAI's client of the server."""
     with started.client() as found:
         yield found
+
+
+class Lines(logging.Handler):
+    """What was logged, as a server would write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[dict[str, object]] = []
+        self.setFormatter(JsonLines())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(json.loads(self.format(record)))
+
+    def wait(self, status: int) -> dict[str, object]:
+        """The latest line with a status; it is written after the answer was sent."""
+        for _ in range(1000):
+            found = [line for line in self.lines if line.get("status") == status]
+            if found:
+                return found[-1]
+            time.sleep(0.01)
+        raise AssertionError(self.lines)
+
+
+@pytest.fixture
+def log() -> Iterator[Lines]:
+    lines = Lines()
+    LOG.addHandler(lines)
+    LOG.setLevel(logging.INFO)
+    yield lines
+    LOG.removeHandler(lines)

@@ -12,8 +12,8 @@ from PIL import Image
 
 from mars.generation.engine import text_ids
 from mars.pipeline import MarsPipeline
-from mars.server.settings import Settings
-from tests.server.conftest import Running, running
+from mars.server.settings import Limits, Settings
+from tests.server.conftest import Lines, Running, running
 
 
 def url(image: Image.Image) -> str:
@@ -98,6 +98,56 @@ def test_text_and_pictures_come_in_turns(painter: Running) -> None:
         assert [part for part in told if part["type"] == "image_url"] == [
             part for part in parts if part["type"] == "image_url"
         ]
+
+
+def test_a_streamed_chat_whose_picture_is_refused_says_so(painter: Running, log: Lines) -> None:
+    def look(_: str, image: Image.Image | None) -> str | None:
+        return None if image is None else "bad picture"
+
+    body = {"modalities": ["text", "image"], "max_images": 1, "seed": 4}
+    messages: list[Any] = [{"role": "user", "content": "red"}]
+    with running(painter.worker.pipe, Settings(moderation=look)) as found, found.client() as client:
+        with pytest.raises(openai.APIError, match="bad picture"):
+            list(
+                client.chat.completions.create(
+                    model="tiny", messages=messages, max_tokens=12, stream=True, extra_body=body
+                )
+            )
+        assert log.wait(400)["path"] == "/v1/chat/completions"
+
+
+def test_only_pictures_that_are_seen_are_read_and_counted(client: OpenAI, pipe: MarsPipeline) -> None:
+    unread = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}
+    many: Any = {"role": "user", "content": [{"type": "text", "text": "look"}, *([unread] * 11)]}
+    turns: list[Any] = [{"role": "user", "content": "look"}, {"role": "assistant", "content": "yes"}]
+    last = {"role": "user", "content": "hello"}
+    answers = [
+        client.chat.completions.create(model="tiny", messages=[*before, last], max_tokens=4)
+        for before in (turns, [many, *turns[1:]])
+    ]
+    assert answers[0].choices == answers[1].choices
+    assert answers[0].usage == answers[1].usage
+    image = Image.new("RGB", (48, 32), "red")
+    answer = client.chat.completions.create(model="tiny", messages=[many, *shown(image, "x")])
+    assert answer.choices[0].message.content == pipe.caption(image, language="en")
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(pipe.model.text_tokenizer.encode("look\nx")) + 6
+    for extra in ({}, {"modalities": ["image", "text"]}):  # refused before one of them is looked at
+        with pytest.raises(openai.BadRequestError, match="pictures in messages must be at most 10, got 11") as caught:
+            client.chat.completions.create(model="tiny", messages=[many], extra_body=extra)
+        assert caught.value.param == "messages"
+
+
+def test_a_chat_paints_no_more_than_one_request_may(tiny_model: Path) -> None:
+    """By the room that it asks for, which is more than the tiny model has where there are many pictures."""
+    pipe = MarsPipeline.from_pretrained(tiny_model)
+    messages: list[Any] = [{"role": "user", "content": "red"}]
+    tokens = pipe.model.transformer.config.language.max_positions - len(pipe.prompt_ids("red")) - 8 - 8
+    with running(pipe, Settings(limits=Limits(images=1))) as found, found.client() as client:
+        body = {"modalities": ["text", "image"]}
+        client.chat.completions.create(model="tiny", messages=messages, max_tokens=tokens, extra_body=body)
+        with pytest.raises(openai.BadRequestError, match="max_images must be at most 1, got 2"):
+            client.chat.completions.create(model="tiny", messages=messages, extra_body=body | {"max_images": 2})
 
 
 def test_chats_that_cannot_be_are_refused(client: OpenAI) -> None:

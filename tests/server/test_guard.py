@@ -1,46 +1,22 @@
+import asyncio
 import json
-import logging
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import httpx2
 import openai
 import pytest
+from PIL import Image
+from starlette.requests import Request
 
-from mars.server.guard import LOG, JsonLines
+from mars.pipeline import MarsPipeline
+from mars.pipeline.orders import Order
+from mars.pipeline.writing import Words
+from mars.server.errors import ApiError
+from mars.server.hearing import Hearing
 from mars.server.settings import Keys, Limits
-from tests.server.conftest import Running, Start
-
-
-class Lines(logging.Handler):
-    """What was logged, as a server would write it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[dict[str, object]] = []
-        self.setFormatter(JsonLines())
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(json.loads(self.format(record)))
-
-    def wait(self, status: int) -> dict[str, object]:
-        """The latest line with a status; it is written after the answer was sent."""
-        for _ in range(1000):
-            found = [line for line in self.lines if line.get("status") == status]
-            if found:
-                return found[-1]
-            time.sleep(0.01)
-        raise AssertionError(self.lines)
-
-
-@pytest.fixture
-def log() -> Iterator[Lines]:
-    lines = Lines()
-    LOG.addHandler(lines)
-    LOG.setLevel(logging.INFO)
-    yield lines
-    LOG.removeHandler(lines)
+from tests.server.conftest import Lines, Running, Start
 
 
 def test_a_key_is_asked_for(start: Start, log: Lines) -> None:
@@ -110,3 +86,45 @@ def test_the_log_has_ids_and_no_prompts_unless_asked(start: Start, started: Runn
     with start(log_prompts=True) as found, found.client() as client:
         client.images.generate(prompt="a secret")
         assert log.wait(200)["prompt"] == "a secret"
+
+
+def test_the_log_says_why_the_worker_failed(started: Running, log: Lines) -> None:
+    def failing(_: MarsPipeline) -> Order:
+        raise ZeroDivisionError
+
+    def failing_later(_: MarsPipeline) -> Iterator[Words]:
+        yield Words("a", tokens=1)
+        raise ZeroDivisionError
+
+    def refused(_: MarsPipeline) -> Order:
+        raise ApiError(400, "no")
+
+    async def receive() -> None:
+        await asyncio.Event().wait()
+
+    async def hear(begin: Callable[[MarsPipeline], Order | Iterator[Words]], name: str) -> int:
+        request = Request({"type": "http", "mars": {"id": name}}, receive)  # type: ignore[arg-type]
+        hearing = Hearing(started.worker, begin, request=request, seconds=60)
+        try:
+            while True:
+                await hearing.next()
+        except ApiError as error:
+            return error.status_code
+        finally:
+            hearing.close()
+
+    assert [asyncio.run(hear(begin, begin.__name__)) for begin in (failing, failing_later, refused)] == [500, 500, 400]
+    assert [(line["level"], line["event"], line["id"]) for line in log.lines] == [
+        ("error", "failed", "failing"), ("error", "failed", "failing_later")
+    ]  # fmt: skip
+    assert all("ZeroDivisionError" in str(line["error"]) for line in log.lines)
+
+
+def test_a_stream_that_fails_has_the_status_of_what_failed(start: Start, log: Lines) -> None:
+    def look(_: str, image: Image.Image | None) -> str | None:
+        return None if image is None else "bad picture"
+
+    with start(moderation=look) as found, found.client() as client:
+        with pytest.raises(openai.APIError, match="bad picture"):
+            list(client.images.generate(prompt="x", stream=True))
+        assert log.wait(400)["path"] == "/v1/images/generations"

@@ -4,7 +4,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request
@@ -19,7 +19,7 @@ from mars.server import examples
 from mars.server.errors import ApiError, json_response
 from mars.server.hearing import EventStream, Hearing
 from mars.server.pictures import data_url, from_data_url, read_page
-from mars.server.schemas import ChatRequest, Message, TextContent
+from mars.server.schemas import ChatRequest, ImageContent, Message, TextContent
 from mars.server.service import Service, event, sampling_of
 from mars.server.worker import Ended
 
@@ -40,7 +40,7 @@ class Chat:
     joint: bool
     """Whether the answer is a list of texts and pictures."""
     read: int
-    """Ids and codes that are read."""
+    """Ids of all text, and codes of pictures that are seen."""
 
 
 def routes(service: Service) -> APIRouter:
@@ -73,46 +73,42 @@ def routes(service: Service) -> APIRouter:
 
 async def _check(service: Service, asked: ChatRequest) -> Chat:
     service.check_model(asked.model)
-    service.check_count(asked.max_images or 1, param="max_images")
     limits = service.settings.limits
+    images = asked.max_images or min(MAX_IMAGES, limits.images)
+    service.check_count(images, param="max_images")
     wanted = asked.max_completion_tokens or asked.max_tokens
     if wanted is not None and wanted > limits.tokens:
         raise ApiError(400, f"max_tokens must be at most {limits.tokens}, got {wanted}", param="max_tokens")
     last = asked.messages[-1]
     if last.role != "user":
         raise ApiError(400, f"the last message must be the user's, got the {last.role}'s", param="messages")
-    said = [await _parts(service, one) for one in asked.messages]
-    texts = [part for parts in said for part in parts if isinstance(part, str)]
-    service.check_text(*texts, param="messages")
-    prompt = "\n".join(texts)
-    pictures = sum(not isinstance(part, str) for parts in said for part in parts)
-    codes = pictures * service.pipe.model.info.grids[0][0] * service.pipe.model.info.grids[0][1]
     joint = "image" in asked.modalities
-    writing = sampling_of(_text_settings(asked), default=Sampling(temperature=0))
+    seen = asked.messages if joint else [last]
+    pictures = sum(isinstance(part, ImageContent) for one in seen for part in one.parts)
+    service.check_count(pictures, param="messages", what="pictures in messages")
+    texts = [[part.text for part in one.parts if isinstance(part, TextContent)] for one in asked.messages]
+    service.check_text(*(text for some in texts for text in some), param="messages")
+    prompt = "\n".join(text for some in texts for text in some)
+    parts = [part for one in seen for part in await _parts(service, one)]
+    codes = pictures * service.pipe.model.info.grids[0][0] * service.pipe.model.info.grids[0][1]
+    writing = sampling_of(asked, default=Sampling(temperature=0))
     if joint:
         tokens = min(wanted or MAX_TOKENS // 2, limits.tokens)
-        pieces = _joint(asked, [part for parts in said for part in parts], writing=writing, max_tokens=tokens)
-    elif any(not isinstance(part, str) for part in said[-1]):
+        pieces = _joint(asked, parts, writing=writing, max_tokens=tokens, max_images=images)
+    elif pictures:
         tokens = min(wanted or CAPTION_TOKENS, limits.tokens)
-        pieces = _caption(asked, said[-1], writing=writing, max_tokens=tokens)
+        pieces = _caption(asked, parts, writing=writing, max_tokens=tokens)
     else:
         tokens = min(wanted or MAX_TOKENS, limits.tokens)
-        pieces = _text(asked, said, writing=writing, max_tokens=tokens)
+        pieces = _text(asked, texts, writing=writing, max_tokens=tokens)
     return Chat(
         prompt=prompt, pieces=pieces, max_tokens=tokens, joint=joint, read=service.count(prompt) + codes
     )  # fmt: skip
 
 
-def _text_settings(asked: ChatRequest) -> ChatRequest:
-    """Those of text, without those of pictures."""
-    return asked.model_copy(update={"guidance_scale": None})
-
-
 async def _parts(service: Service, message: Message) -> list[str | Image.Image]:
-    if isinstance(message.content, str):
-        return [message.content]
     parts: list[str | Image.Image] = []
-    for one in message.content:
+    for one in message.parts:
         if isinstance(one, TextContent):
             parts.append(one.text)
         else:
@@ -123,13 +119,10 @@ async def _parts(service: Service, message: Message) -> list[str | Image.Image]:
 
 
 def _text(
-    asked: ChatRequest, said: list[list[str | Image.Image]], *, writing: Sampling, max_tokens: int
+    asked: ChatRequest, texts: list[list[str]], *, writing: Sampling, max_tokens: int
 ) -> Callable[[MarsPipeline], Iterator[Piece]]:
     """The base LLM's answer; pictures of earlier turns are not seen."""
-    turns = [
-        (message.role, "\n".join(part for part in parts if isinstance(part, str)))
-        for message, parts in zip(asked.messages, said, strict=True)
-    ]
+    turns = [(message.role, "\n".join(said)) for message, said in zip(asked.messages, texts, strict=True)]
     system = "\n".join(text for role, text in turns if role in ("system", "developer"))
     before = [(role, text) for role, text in turns[:-1] if role in ("user", "assistant")]
 
@@ -161,18 +154,18 @@ def _caption(
 
 
 def _joint(
-    asked: ChatRequest, parts: list[str | Image.Image], *, writing: Sampling, max_tokens: int
+    asked: ChatRequest, parts: list[str | Image.Image], *, writing: Sampling, max_tokens: int, max_images: int
 ) -> Callable[[MarsPipeline], Iterator[Piece]]:
     """All messages are one document, with which the model goes on."""
     given: list[Said] = [part for part in parts if part != ""]
     drawing = DEFAULT_SAMPLING
     if asked.guidance_scale is not None:
-        drawing = sampling_of(asked.model_copy(update={"temperature": None, "top_k": None, "top_p": None}))
+        drawing = replace(drawing, guidance=asked.guidance_scale)
 
     def pieces(pipe: MarsPipeline) -> Iterator[Piece]:
         yield from document(
-            pipe, given, max_tokens=max_tokens, max_images=asked.max_images or MAX_IMAGES, seed=asked.seed,
-            writing=writing, drawing=drawing, previews=False,
+            pipe, given, max_tokens=max_tokens, max_images=max_images, seed=asked.seed, writing=writing,
+            drawing=drawing, previews=False,
         )  # fmt: skip
 
     return pieces
@@ -244,6 +237,7 @@ async def _chunks(service: Service, chat: Chat, hearing: Hearing, *, with_usage:
             yield event(head | {"choices": [], "usage": told.usage(service, chat)})
         yield b"data: [DONE]\n\n"
     except ApiError as error:
+        hearing.note(error)
         yield event(error.body)
 
 

@@ -11,6 +11,7 @@ from mars.pipeline import MarsPipeline
 from mars.pipeline.orders import Order
 from mars.pipeline.writing import Piece
 from mars.server.errors import ApiError, ClientGoneError, refusal
+from mars.server.guard import LOG
 from mars.server.worker import Gone, News, Refused, Worker
 
 
@@ -36,6 +37,7 @@ class Hearing:
         previews: int = 0,
     ) -> None:
         self.worker = worker
+        self.request = request
         self.seconds = seconds
         self.job = worker.submit(begin, size=size, previews=previews)
         self.deadline = asyncio.get_running_loop().time() + seconds
@@ -56,8 +58,15 @@ class Hearing:
         if isinstance(news, Gone):
             raise ClientGoneError
         if isinstance(news, Refused):
-            raise refusal(news.error) from news.error
+            refused = refusal(news.error)
+            if refused.status_code >= 500:
+                LOG.error("failed", exc_info=news.error, extra={"fields": {"id": self.request.scope["mars"]["id"]}})
+            raise refused from news.error
         return news
+
+    def note(self, error: ApiError) -> None:
+        """Gives the request's line in the log the status of an error that is told inside a stream."""
+        self.request.scope["mars"]["status"] = error.status_code
 
     def close(self) -> None:
         """Lets go of all that is held; done twice, it is no error."""

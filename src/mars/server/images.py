@@ -190,6 +190,7 @@ async def _events(service: Service, what: Drawing, hearing: Hearing, usage: dict
             told = {"usage": usage, "image_index": index, "seed": seed}
             yield await _event(service, what, "completed", image, told)
     except ApiError as error:
+        hearing.note(error)
         yield event(error.body, name="error")
 
 

@@ -115,6 +115,11 @@ class Message(Asked):
     content: Text | Annotated[list[Content], Field(min_length=1, max_length=32)]
     name: str | None = None
 
+    @property
+    def parts(self) -> list[TextContent | ImageContent]:
+        """The content, a plain text as a list of one."""
+        return [TextContent(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+
 
 class StreamOptions(Asked):
     """How a stream ends."""

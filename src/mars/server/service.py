@@ -57,10 +57,11 @@ class Service:
                 404, f"the model must be {self.name}, which is the only one here", code="model_not_found", param="model"
             )
 
-    def check_count(self, number: int, *, param: str) -> None:
-        """Raises ApiError for too many pictures."""
-        if number > self.settings.limits.images:
-            raise ApiError(400, f"{param} must be at most {self.settings.limits.images}, got {number}", param=param)
+    def check_count(self, number: int, *, param: str, what: str | None = None) -> None:
+        """Raises ApiError for too many pictures, which it calls `what`, or by the parameter's name."""
+        limit = self.settings.limits.images
+        if number > limit:
+            raise ApiError(400, f"{what or param} must be at most {limit}, got {number}", param=param)
 
     def check_text(self, *texts: str, param: str) -> None:
         """Raises ApiError for texts that are too long together."""
