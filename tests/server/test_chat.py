@@ -120,7 +120,7 @@ def test_only_pictures_that_are_seen_are_read_and_counted(client: OpenAI, pipe: 
     unread = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}
     many: Any = {"role": "user", "content": [{"type": "text", "text": "look"}, *([unread] * 11)]}
     turns: list[Any] = [{"role": "user", "content": "look"}, {"role": "assistant", "content": "yes"}]
-    last = {"role": "user", "content": "hello"}
+    last: Any = {"role": "user", "content": "hello"}
     answers = [
         client.chat.completions.create(model="tiny", messages=[*before, last], max_tokens=4)
         for before in (turns, [many, *turns[1:]])
