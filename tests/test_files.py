@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -6,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mars import files
-from mars.errors import CheckpointError, DataError
-from mars.files import atomic_folder, place_for, remembered, tidy_folder, whole_file
+from mars.errors import CheckpointError, ConfigError, DataError
+from mars.files import atomic_folder, locked, place_for, remembered, tidy_folder, whole_file
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -183,3 +184,32 @@ def test_what_large_files_say_is_computed_once_until_they_change(
     shutil.rmtree(cache)
     cache.write_text("in the way")
     assert ask() == "OTHER"
+
+
+def test_one_process_writes_at_a_time_and_the_folder_is_made(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    with locked(folder, error=DataError):
+        with (
+            pytest.raises(ConfigError, match="b is being written by another process"),
+            locked(folder, error=ConfigError),
+        ):
+            pass
+        (folder / "file").touch()
+    with pytest.raises(KeyError), locked(folder, error=DataError):
+        raise KeyError
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(handle)
+    assert (folder / "file").exists()
+    with locked(tmp_path / "empty", error=DataError):
+        pass
+    assert not (tmp_path / "empty").exists()
+
+
+def test_a_place_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(DataError, match="cannot write .*file/below: Not a directory"),
+        locked(tmp_path / "file" / "below", error=DataError),
+    ):
+        pass

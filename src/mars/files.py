@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all."""
 
 import errno
+import fcntl
 import glob
 import hashlib
 import os
@@ -78,6 +79,32 @@ def tidy_folder(path: Path) -> None:
     _recover(path)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
         shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path, *, error: type[MarsError]) -> Iterator[None]:
+    """Makes a folder, and keeps other processes that ask for it from writing there; removes it if it stayed empty.
+
+    Raises:
+        MarsError: of the given kind, if another process writes there, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as cause:
+        raise error(f"cannot write {folder}: {reason(cause)}") from cause
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise error(f"{folder} is being written by another process; wait for it or end it") from None
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                folder.rmdir()
+    finally:
+        os.close(lock)
 
 
 def _put(new: Path, path: Path) -> None:

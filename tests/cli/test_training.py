@@ -15,6 +15,8 @@ from torch import Tensor
 from mars.checkpoint import load_image_tokenizer, load_model
 from mars.cli.progress import Report
 from mars.cli.training import draw_samples, start_training
+from mars.errors import DataError
+from mars.files import locked
 from mars.training.meters import Pace
 from mars.training.tasks import Drawing, TextToImage
 from mars.training.trainer import Trainer
@@ -85,6 +87,19 @@ def test_a_tokenizer_is_trained(train: Train, tokenizer_config: Path, tmp_path: 
     assert code == 0
     assert "psnr" in err
     assert load_image_tokenizer(tmp_path / "run" / "last")[0].config.num_codes == 16
+
+
+def test_a_second_run_into_one_folder_is_one_line(
+    train: Train, config: Path, tokenizer_config: Path, tmp_path: Path
+) -> None:
+    hidden = tmp_path / "run" / ".last.1"  # what the first run is about to move into place
+    with locked(tmp_path / "run", error=DataError):
+        hidden.mkdir()
+        for one in (config, tokenizer_config):
+            code, err = train(one)
+            assert (code, err.count("\n")) == (2, 1)
+            assert "run is being written by another process" in err
+        assert hidden.is_dir()
 
 
 @pytest.mark.parametrize(

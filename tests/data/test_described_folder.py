@@ -1,10 +1,8 @@
-import fcntl
-import os
 from pathlib import Path
 
 import pytest
 
-from mars.data.described_folder import locked, read_description, refuse_other, write_description
+from mars.data.described_folder import read_description, refuse_other, write_description
 from mars.errors import DataError
 
 
@@ -22,28 +20,6 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, content: bytes | None) 
     with pytest.raises(DataError, match=r"dataset.json is damaged \(.*\); remove .* and make it again") as caught:
         read_description(tmp_path / "dataset.json")
     assert "\n" not in str(caught.value)
-
-
-def test_one_process_writes_at_a_time_and_the_folder_is_made(tmp_path: Path) -> None:
-    folder = tmp_path / "a" / "b"
-    with locked(folder):
-        with pytest.raises(DataError, match="b is being written by another process"), locked(folder):
-            pass
-        assert list(folder.iterdir()) == []
-    with pytest.raises(KeyError), locked(folder):
-        raise KeyError
-    handle = os.open(folder, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(handle)
-
-
-def test_a_place_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with (
-        pytest.raises(DataError, match="cannot write .*file/below: Not a directory"),
-        locked(tmp_path / "file" / "below"),
-    ):
-        pass
 
 
 def test_settings_that_differ_are_told(tmp_path: Path) -> None:

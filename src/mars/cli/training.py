@@ -5,7 +5,7 @@ import signal
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from mars.checkpoint import load_model
 from mars.cli.progress import Bar
 from mars.config import load_config
 from mars.errors import ConfigError
+from mars.files import locked
 from mars.pipeline import MarsPipeline
 from mars.training.distributed import join
 from mars.training.process import Process, choose_device
@@ -41,7 +42,9 @@ def start_training(config: Path, overrides: Sequence[str], *, say: Callable[[str
         return
     stage_config = load_config(StageConfig, config, overrides)
     with join(choose_device(stage_config.device)) as process:
-        stopped = _train_stage(stage_config, process, say=say if process.is_main else lambda _: None)
+        alone = locked(stage_config.out, error=ConfigError) if process.is_main else nullcontext()
+        with alone:
+            stopped = _train_stage(stage_config, process, say=say if process.is_main else lambda _: None)
     if stopped:
         sys.exit(128 + stopped)  # as a shell reports a program that a signal has ended
 
@@ -49,9 +52,10 @@ def start_training(config: Path, overrides: Sequence[str], *, say: Callable[[str
 def _train_tokenizer(config: TokenizerTrainingConfig, *, say: Callable[[str], None], bar: Bar) -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("an image tokenizer is trained by one process; start it without torchrun")
-    trainer = TokenizerTrainer(config)
-    with bar("training") as progress:
-        report = trainer.train(say, progress=progress)
+    with locked(config.out, error=ConfigError):
+        trainer = TokenizerTrainer(config)
+        with bar("training") as progress:
+            report = trainer.train(say, progress=progress)
     say("  ".join(f"{name} {value:.3f}" for name, value in report.items()))
 
 

@@ -17,13 +17,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from mars.data.described_folder import locked, read_description, refuse_other, write_description
+from mars.data.described_folder import read_description, refuse_other, write_description
 from mars.data.encode import BLOCK, PIXELS, Encoder, Outcome, blocks
 from mars.data.picture_set import shard_digests
 from mars.data.shards import INDEX, CodedPicture, Picture, read_pictures, write_codes
 from mars.data.workers import WorkerDied, in_order
 from mars.errors import DataError
-from mars.files import file_digest, place_for, whole_file
+from mars.files import file_digest, locked, place_for, whole_file
 
 Report = Callable[[int, int | None], None]
 """Called with how many pictures are done, and how many there are where that is known."""
@@ -123,7 +123,7 @@ def encode_folder(
     out = place_for(out, error=DataError, may_replace=_may_continue)
     settings = {"image_tokenizer": encoder.digest, **asdict(encoder.sizes), "block": BLOCK, "pixels": PIXELS}
     index: dict[str, Any] = {"finished": False, "settings": json.loads(json.dumps(settings))}
-    with locked(out):
+    with locked(out, error=DataError):
         known = _known(out, digests=digests, settings=index["settings"])
         todo = [shard for shard in shards if shard not in known]
         done, total = sum(known.values()), _total(pictures)

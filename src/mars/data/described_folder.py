@@ -1,40 +1,16 @@
-"""A folder that one process writes at a time and that says in JSON how it was made: what all such folders share.
+"""A folder that says in JSON how it was made: what all such folders share.
 
 Each file of JSON appears whole, and lies on the disk before what counts on it goes on.
 """
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mars.errors import DataError
-from mars.files import reason, whole_file
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Makes the folder, and keeps other processes from writing there.
-
-    Raises:
-        DataError: if another one does, or it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise DataError(f"cannot write {folder}: {reason(error)}") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{folder} is being written by another process; wait for it or end it") from None
-        yield
-    finally:
-        os.close(lock)
+from mars.files import whole_file
 
 
 def refuse_other(folder: Path, *, made: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

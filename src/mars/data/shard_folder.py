@@ -21,10 +21,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from mars.data.described_folder import locked, read_description, refuse_other, to_disk, write_description
+from mars.data.described_folder import read_description, refuse_other, to_disk, write_description
 from mars.data.shards import INDEX, Picture, add_picture
 from mars.errors import DataError
-from mars.files import place_for, reason
+from mars.files import locked, place_for, reason
 
 SHARD_PICTURES = 10_000
 SHARD_BYTES = 1 << 28
@@ -103,7 +103,7 @@ class ShardFolder:
     def __enter__(self) -> Self:
         try:
             with self._writing():
-                self._held.enter_context(locked(self.path))
+                self._held.enter_context(locked(self.path, error=DataError))
                 self._held.callback(self._discard)
                 self._open()
         except BaseException:
