@@ -25,6 +25,7 @@ def test_the_factor_counts_the_pixels_on_a_side_of_a_code(change: dict[str, Any]
         ({"channels": (32, 48)}, "image_tokenizer.channels must be multiples of norm_groups 32, got [32, 48]"),
         ({"channels": (0, 32)}, "image_tokenizer.channels must be multiples of norm_groups 32, got [0, 32]"),
         ({"attention_levels": (5,)}, "image_tokenizer.attention_levels must lie in 0..4, got 5"),
+        ({"norm": "batch"}, "image_tokenizer.norm must be one of group, place, got 'batch'"),
         ({"code_choice": "near"}, "image_tokenizer.code_choice must be one of l2, cosine, dot, lfq, got 'near'"),
         ({"code_choice": "lfq"}, "image_tokenizer.num_codes must be 2 ** code_width for lfq, got 8192 and 64"),
         ({"latent_channels": 0}, "image_tokenizer.latent_channels must be at least 1, got 0"),

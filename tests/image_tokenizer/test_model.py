@@ -173,3 +173,19 @@ def test_gradients_reach_encoder_and_decoder() -> None:
     tokenizer.to_images(vectors).square().mean().backward()
     for name, weight in tokenizer.named_parameters():
         assert (weight.grad is None) == name.startswith("quantizer"), name
+
+
+@pytest.mark.parametrize(("norm", "local"), [("place", True), ("group", False)])
+def test_norms_of_one_place_keep_a_change_near_where_it_was_made(norm: str, *, local: bool) -> None:
+    tokenizer = tiny(norm=norm, patch=4)
+    before = torch.rand(1, 3, 128, 128)
+    after = before.clone()
+    after[:, :, :8, :8] = 0
+    moved = (tokenizer.to_vectors(after) - tokenizer.to_vectors(before)).abs().amax(dim=1)[0]
+    assert moved[0, 0] > 1e-3
+    assert bool((moved[-4:, -4:] < 1e-6).all()) is local
+    vectors = torch.randn(1, 4, 16, 16)
+    other = vectors.clone()
+    other[:, :, 0, 0] += 3
+    drawn = (tokenizer.to_images(other) - tokenizer.to_images(vectors)).abs()[0].amax(dim=0)
+    assert bool((drawn[-32:, -32:] < 1e-6).all()) is local

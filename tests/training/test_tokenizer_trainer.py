@@ -82,6 +82,16 @@ def test_a_few_pictures_are_learnt_by_heart(table: dict[str, Any]) -> None:
     assert evaluate_tokenizer(trainer.tokenizer, pictures[:1, :, :, :32])["psnr"] > 16
 
 
+def test_bf16_learns_as_fp32_does_and_keeps_its_weights_whole(table: dict[str, Any]) -> None:
+    table = table | {"adversarial_from": None}
+    pictures, _ = load_pictures(config_of(table).data)
+    trainers = [TokenizerTrainer(config_of(table, precision=name)) for name in ("fp32", "bf16")]
+    exact, half = ([losses["loss"] for losses in steps(trainer, 8, pictures)] for trainer in trainers)
+    assert half[:3] == pytest.approx(exact[:3], rel=0.03)  # codes are chosen from the fourth on
+    assert half != exact
+    assert {tensor.dtype for tensor in trainers[1].tokenizer.parameters()} == {torch.float32}
+
+
 def test_a_whole_run_leaves_a_tokenizer_a_report_and_a_grid(table: dict[str, Any], tmp_path: Path) -> None:
     config = config_of(table, steps=25, report_every=10)
     _, held_out = load_pictures(config.data)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from mars.errors import ConfigError
 
+NORMS = ("group", "place")
 CODE_CHOICES = ("l2", "cosine", "dot", "lfq")
 
 
@@ -22,7 +23,10 @@ class ImageTokenizerConfig:
     attention_levels: tuple[int, ...] = ()
     """Levels with self-attention after each block; 0 is the finest."""
     middle_attention: bool = False
+    norm: str = "group"
+    """`group` norms know of the whole picture, `place` norms of one place only: equal patches then get equal codes."""
     norm_groups: int = 32
+    """Groups of the `group` norms; all widths are multiples of it."""
     code_choice: str = "l2"
     """How a vector's code is chosen: `l2` nearest, `cosine` nearest in angle, `dot` largest product, `lfq` signs."""
     pixel_range: tuple[float, float] = (-1.0, 1.0)
@@ -51,6 +55,8 @@ class ImageTokenizerConfig:
                 raise ConfigError(
                     f"image_tokenizer.attention_levels must lie in 0..{len(self.channels) - 1}, got {level}"
                 )
+        if self.norm not in NORMS:
+            raise ConfigError(f"image_tokenizer.norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
         if self.code_choice not in CODE_CHOICES:
             raise ConfigError(
                 f"image_tokenizer.code_choice must be one of {', '.join(CODE_CHOICES)}, got {self.code_choice!r}"

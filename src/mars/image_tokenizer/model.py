@@ -17,14 +17,29 @@ from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.image_tokenizer.quantizer import Quantizer
 
 
+class PlaceNorm(nn.LayerNorm):
+    """Normalises the channels of each place alone: (B, channels, h, w), the same out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Layer norm over the second dimension (Ba et al. 2016)."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def make_norm(config: ImageTokenizerConfig, channels: int) -> nn.Module:
+    """The norm that a configuration asks for; both kinds have `weight` and `bias` (channels,)."""
+    if config.norm == "place":
+        return PlaceNorm(channels, eps=1e-6)
+    return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
+
+
 class ResnetBlock(nn.Module):
     """Two normalised 3x3 convolutions around a skip connection."""
 
-    def __init__(self, inputs: int, outputs: int, groups: int) -> None:
+    def __init__(self, config: ImageTokenizerConfig, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, inputs, eps=1e-6)
+        self.norm1 = make_norm(config, inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, outputs, eps=1e-6)
+        self.norm2 = make_norm(config, outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
@@ -39,9 +54,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head self-attention over all places of a feature map."""
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, config: ImageTokenizerConfig, channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = make_norm(config, channels)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -85,11 +100,13 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution, with attention after each where asked; a resampler goes where it is set."""
 
-    def __init__(self, inputs: int, outputs: int, *, blocks: int, attention: bool, groups: int) -> None:
+    def __init__(
+        self, config: ImageTokenizerConfig, inputs: int, outputs: int, *, blocks: int, attention: bool
+    ) -> None:
         super().__init__()
         widths = [inputs] + [outputs] * blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
-        self.attn = nn.ModuleList(AttnBlock(outputs, groups) for _ in range(blocks if attention else 0))
+        self.block = nn.ModuleList(ResnetBlock(config, a, b) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList(AttnBlock(config, outputs) for _ in range(blocks if attention else 0))
         self.downsample: nn.Module = nn.Identity()
         self.upsample: nn.Module = nn.Identity()
 
@@ -106,11 +123,11 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """The coarsest resolution: block, optional attention, block."""
 
-    def __init__(self, channels: int, *, attention: bool, groups: int) -> None:
+    def __init__(self, config: ImageTokenizerConfig, channels: int) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, groups)
-        self.attn_1 = AttnBlock(channels, groups) if attention else nn.Identity()
-        self.block_2 = ResnetBlock(channels, channels, groups)
+        self.block_1 = ResnetBlock(config, channels, channels)
+        self.attn_1 = AttnBlock(config, channels) if config.middle_attention else nn.Identity()
+        self.block_2 = ResnetBlock(config, channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, h, w), the same out."""
@@ -123,19 +140,19 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
-        channels, groups = config.channels, config.norm_groups
+        channels = config.channels
         self.stem = nn.PixelUnshuffle(config.patch)
         self.conv_in = nn.Conv2d(3 * config.patch**2, channels[0], 3, padding=1)
         self.down = nn.ModuleList()
         for index, width in enumerate(channels):
             inputs = channels[max(index - 1, 0)]
             attention = index in config.attention_levels
-            level = Level(inputs, width, blocks=config.down_blocks[index], attention=attention, groups=groups)
+            level = Level(config, inputs, width, blocks=config.down_blocks[index], attention=attention)
             if index < len(channels) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
-        self.mid = Middle(channels[-1], attention=config.middle_attention, groups=groups)
-        self.norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.mid = Middle(config, channels[-1])
+        self.norm_out = make_norm(config, channels[-1])
         self.conv_out = nn.Conv2d(channels[-1], config.latent, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -152,18 +169,18 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
-        channels, groups = config.up_channels, config.norm_groups
+        channels = config.up_channels
         self.conv_in = nn.Conv2d(config.latent, channels[-1], 3, padding=1)
-        self.mid = Middle(channels[-1], attention=config.middle_attention, groups=groups)
+        self.mid = Middle(config, channels[-1])
         self.up = nn.ModuleList()
         for index, width in enumerate(channels):
             inputs = channels[min(index + 1, len(channels) - 1)]
             attention = index in config.attention_levels
-            level = Level(inputs, width, blocks=config.up_blocks[index], attention=attention, groups=groups)
+            level = Level(config, inputs, width, blocks=config.up_blocks[index], attention=attention)
             if index > 0:
                 level.upsample = Upsample(width)
             self.up.append(level)
-        self.norm_out = nn.GroupNorm(groups, channels[0], eps=1e-6)
+        self.norm_out = make_norm(config, channels[0])
         self.conv_out = nn.Conv2d(channels[0], 3 * config.patch**2, 3, padding=1)
         self.unstem = nn.PixelShuffle(config.patch)
 

@@ -33,6 +33,7 @@ from mars.image_tokenizer.losses import (
 from mars.image_tokenizer.metrics import codebook_statistics, psnr
 from mars.image_tokenizer.model import ImageTokenizer, reconstruct
 from mars.image_tokenizer.quantizer import CodebookTrainer, rate_bias
+from mars.training.process import has_fast_bf16
 from mars.training.runlog import RunLog
 from mars.training.runstate import check_files, check_finite, fixed_values, read_state, write_state
 
@@ -78,6 +79,9 @@ class TokenizerTrainingConfig:
     adversarial_from: int | None = None
     """Step at which the patch adversary is switched on; null never."""
     adversarial_weight: float = 0.1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of convolutions and products; weights, distances of codes and losses stay fp32. `auto` is bf16 where the CPU has
+    units for it."""
     seed: int = 0
     report_every: int = 250
     save_every: int = 250
@@ -172,6 +176,8 @@ class TokenizerTrainer:
         self.discriminator_optimizer = torch.optim.AdamW(
             self.discriminator.parameters(), lr=config.learning_rate / 2, betas=(0.5, 0.9)
         )
+        device = torch.device("cpu")
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16(device))
         self.step = 0
         shards = [shard for path in config.data for shard in shard_paths(path)]
         self.fixed = fixed_values(config, free=FREE) | {
@@ -240,17 +246,20 @@ class TokenizerTrainer:
         images = self._batch(pictures)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * self._rate()
-        vectors = self.tokenizer.to_vectors(images)
+        with self._autocast():
+            vectors = self.tokenizer.to_vectors(images).float()
         parts: dict[str, Tensor] = {}
         if quantizing:
             vectors, parts["commitment"] = self._quantize(vectors)
-        rebuilt = self.tokenizer.to_images(vectors)
+        with self._autocast():
+            rebuilt = self.tokenizer.to_images(vectors).float()
         low, high = config.tokenizer.pixel_range
         error = (rebuilt - images) * (high - low)
         parts["pixel"] = config.l1_weight * error.abs().mean() + config.l2_weight * error.square().mean()
         if self.perceptual is not None:
             seen = max(1, round(len(images) * config.perceptual_share))
-            parts["perceptual"] = config.perceptual_weight * self.perceptual(rebuilt[:seen], images[:seen])
+            with self._autocast():
+                parts["perceptual"] = config.perceptual_weight * self.perceptual(rebuilt[:seen], images[:seen]).float()
         loss = torch.stack(list(parts.values())).sum()
         if config.adversarial_from is not None and self.step >= config.adversarial_from:
             parts["adversarial"] = self._adversarial(loss, rebuilt, images)
@@ -262,6 +271,9 @@ class TokenizerTrainer:
         check_finite({**losses, "gradient_norm": float(norm)}, step=self.step, last=self.last)
         self.optimizer.step()
         return losses
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16)
 
     def save(self) -> None:
         """Replaces `out/last` by the tokenizer and what a resumed run needs."""
