@@ -13,6 +13,7 @@ from torch import Tensor
 from mars.errors import RequestError
 
 MAX_CANDIDATES = 64
+MAX_WINDOW = 64
 NOISE_PLACES = 16
 """Codes of a picture whose noise is made at once: a megabyte of it."""
 
@@ -29,8 +30,12 @@ class Sampling:
     """Keep the likeliest ids that together hold this share of the probability."""
     guidance: float = 1.0
     """Classifier-free guidance: 1 is none, more follows the prompt more closely."""
+    guidance_stop: float = 1.0
+    """Guide this share of an image's codes, from the first; the rest follow the prompt alone, in half the rows."""
     candidates: int = 1
     """Draw this many and keep the one that the model itself finds likeliest after the prompt, without guidance."""
+    window: int = 1
+    """Codes of an image that a step reads: with more than 1 it is drawn by speculative Jacobi decoding (`jacobi.py`)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -41,8 +46,12 @@ class Sampling:
             raise RequestError(f"top_p must lie in 0..1 and be greater than 0, got {self.top_p}")
         if not 0 <= self.guidance <= 100:
             raise RequestError(f"guidance must lie in 0..100 (1 is none), got {self.guidance}")
+        if not 0 <= self.guidance_stop <= 1:
+            raise RequestError(f"guidance_stop must lie in 0..1 (1 guides every code), got {self.guidance_stop}")
         if not 1 <= self.candidates <= MAX_CANDIDATES:
             raise RequestError(f"candidates must lie in 1..{MAX_CANDIDATES}, got {self.candidates}")
+        if not 1 <= self.window <= MAX_WINDOW:
+            raise RequestError(f"window must lie in 1..{MAX_WINDOW} (1 is off), got {self.window}")
 
 
 class Sampler:
