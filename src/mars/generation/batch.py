@@ -143,7 +143,7 @@ class Batch:
             self.owners.pop()
 
     def _end_guidance(self) -> None:
-        """Frees the prompt-free rows of pictures whose guidance is over, but for those that are done and leave whole."""
+        """Frees the prompt-free rows of pictures whose guidance is over, but for those that are done: they leave."""
         over = {one for one in self.pictures if one.request.guided <= one.done < one.request.places}
         if rows := [row for row, (picture, free) in enumerate(self.owners) if free and picture in over]:
             self._free(rows)

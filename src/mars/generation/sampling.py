@@ -35,7 +35,7 @@ class Sampling:
     candidates: int = 1
     """Draw this many and keep the one that the model itself finds likeliest after the prompt, without guidance."""
     window: int = 1
-    """Codes of an image that a step reads: with more than 1 it is drawn by speculative Jacobi decoding (`jacobi.py`)."""
+    """Codes of an image that a step reads; more than 1 draws by speculative Jacobi decoding (`jacobi.py`)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:

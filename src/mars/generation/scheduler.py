@@ -219,8 +219,8 @@ class Scheduler:
             job = self._jobs[ticket]
             if len(job.finished) == job.candidates:
                 del self._jobs[ticket]
-                found = [job.finished[number] for number in range(job.candidates)]
-                events.append(Finished(ticket=ticket, candidates=found))
+                candidates = [job.finished[number] for number in range(job.candidates)]
+                events.append(Finished(ticket=ticket, candidates=candidates))
         return events
 
     def _tell_rows(self, batch: Batch) -> list[Event]:
