@@ -22,7 +22,7 @@ def draw(run: Run, tiny_model: Path) -> Callable[..., dict[str, Any]]:
         code, _, err = run("generate", "a red apple", "--seed", 2, "--out", "a.png", "--model", tiny_model, *options)
         assert (code, err) == (0, "")
         with Image.open("a.png") as image:
-            info = dict(image.info)
+            info: dict[str, Any] = {str(name): value for name, value in image.info.items()}
             return info | {"settings": json.loads(info["settings"]), "pixels": image.tobytes()}
 
     return drawn

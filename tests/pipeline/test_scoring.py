@@ -62,7 +62,7 @@ def test_the_candidate_with_the_highest_score_is_kept(pipe: MarsPipeline) -> Non
 
 def test_of_equals_the_first_is_kept_and_one_that_cannot_be_may_be_minus_infinity(pipe: MarsPipeline) -> None:
     every = candidates(pipe, "a", seed=3)
-    for scores, wanted in (([1] * 5, 0), ([-math.inf, -math.inf, 2, 2, 1], 2)):
+    for scores, wanted in (([1.0] * 5, 0), ([-math.inf, -math.inf, 2.0, 2.0, 1.0], 2)):
 
         def scorer(prompt: str, images: list[Image.Image], scores: list[float] = scores) -> list[float]:
             return scores

@@ -23,7 +23,7 @@ from mars.generation.engine import Progress
 from mars.generation.prompts import Prompts
 from mars.generation.sampling import Sampling
 from mars.hub import hub_folder, is_hub_id, upload
-from mars.model.precision import Precision, check_precision
+from mars.model.precision import Precision, check_precision, is_rounded
 from mars.picture import on_white_page, open_picture
 from mars.pipeline.description import describe_model
 from mars.pipeline.drawings import DrawingFailed, Drawings, Drawn, Preview
@@ -109,6 +109,23 @@ class MarsPipeline:
         """
         self.model = adapt(self.model, Path(folder), scale=scale)
         self.prompts = Prompts(self.model.transformer)
+
+    def to(self, device: str | torch.device) -> "MarsPipeline":
+        """Moves the weights to a device, such as `cuda`, and returns this pipeline. Not tried on a GPU so far.
+
+        Raises:
+            RequestError: if PyTorch has no such device here, or the weights are rounded, which only a CPU multiplies.
+        """
+        if is_rounded(self.model.precision):
+            raise RequestError(f"weights in {self.model.precision} stay on the CPU; open the model in fp32 or fp16")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise RequestError(f"the device must be one of PyTorch's here, got {device} ({error})") from None
+        self.model.transformer.to(device)
+        self.model.image_tokenizer.to(device)
+        self.prompts = Prompts(self.model.transformer)
+        return self
 
     def save_pretrained(self, folder: str | Path, *, report: Path | None = None) -> None:
         """Writes the visual side in fp16, and a model card, into a folder that appears whole or not at all.
@@ -309,7 +326,7 @@ class MarsPipeline:
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Codes (B, R, C) to pictures."""
-        images = self.model.image_tokenizer.decode(codes)
+        images = self.model.image_tokenizer.decode(codes.to(self.model.transformer.device))
         pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(one) for one in pixels]
 
@@ -328,7 +345,7 @@ class MarsPipeline:
         """A picture to codes (R, C); it is fitted onto a white page of the model's size."""
         page = on_white_page(image, size=self.sizes[0])
         pixels = torch.from_numpy(np.asarray(page).copy()).permute(2, 0, 1)[None].float() / 255
-        return self.model.image_tokenizer.encode(pixels)[0]
+        return self.model.image_tokenizer.encode(pixels.to(self.model.transformer.device))[0].cpu()
 
     def caption(self, image: str | Path | Image.Image, *, language: str = "en", max_tokens: int = 48) -> str:
         """Says what a picture shows.
