@@ -23,8 +23,9 @@ from mars.generation.engine import Progress
 from mars.generation.prompts import Prompts
 from mars.generation.sampling import Sampling
 from mars.hub import hub_folder, is_hub_id, upload
-from mars.model.precision import Precision, check_precision, is_rounded
+from mars.model.precision import Precision, check_precision
 from mars.picture import on_white_page, open_picture
+from mars.pipeline.checks import check_device
 from mars.pipeline.description import describe_model
 from mars.pipeline.drawings import DrawingFailed, Drawings, Drawn, Preview
 from mars.pipeline.editing import Margins, edit_order
@@ -116,12 +117,7 @@ class MarsPipeline:
         Raises:
             RequestError: if PyTorch has no such device here, or the weights are rounded, which only a CPU multiplies.
         """
-        if is_rounded(self.model.precision):
-            raise RequestError(f"weights in {self.model.precision} stay on the CPU; open the model in fp32 or fp16")
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise RequestError(f"the device must be one of PyTorch's here, got {device} ({error})") from None
+        check_device(device, precision=self.model.precision)
         self.model.transformer.to(device)
         self.model.image_tokenizer.to(device)
         self.prompts = Prompts(self.model.transformer)
