@@ -187,8 +187,7 @@ class MarsPipeline:
             release_language: let the language expert go once it has read the prompts. Drawing needs half the memory
                 then, and the pipeline can read no further prompt.
             progress: called after each code with how many are done and how many there are, all candidates counted.
-            previews, on_preview: how many times to show each picture before it is done (of candidates the likeliest
-                so far), and to whom.
+            previews, on_preview: how many times to show each picture (its likeliest candidate so far), and to whom.
 
         Raises:
             PromptError: if a prompt is empty or too long.
