@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mars.errors import ConfigError, PromptError, RequestError
+from mars.errors import ConfigError, ImageError, PromptError, RequestError
 from mars.generation.sampling import Sampling
 from mars.generation.scheduler import Finished, Scheduler
 from mars.pipeline import MarsPipeline
@@ -120,10 +120,15 @@ def test_a_scorer_that_cannot_be_used_is_one_line(pipe: MarsPipeline, scorer: An
     assert "\n" not in str(caught.value)
 
 
-def test_a_scorer_that_fails_leaves_others_alone(pipe: MarsPipeline) -> None:
+def refuses(prompt: str, images: list[Image.Image]) -> list[float]:
+    raise ImageError("not my kind of picture")
+
+
+@pytest.mark.parametrize("scorer", [fails, refuses])
+def test_a_scorer_that_fails_leaves_others_alone(pipe: MarsPipeline, scorer: Scorer) -> None:
     drawings = Drawings(pipe)
     wanted = pipe("x", seed=2)
-    bad = drawings.submit(draw_order(pipe, "a", seed=1, sampling=SAMPLING, scorer=fails))
+    bad = drawings.submit(draw_order(pipe, "a", seed=1, sampling=SAMPLING, scorer=scorer))
     good = drawings.submit(draw_order(pipe, "x", seed=2))
     news = [one for _ in iter(lambda: drawings.busy, False) for one in drawings.step()]
     told = {one.drawing: one for one in news if isinstance(one, Drawn | DrawingFailed)}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from torch import Tensor
 
-from mars.errors import RequestError
+from mars.errors import MarsError, RequestError
 from mars.generation.scheduler import MAX_TOKENS, Event, Failed, Finished, RowDrawn, Scheduler
 from mars.pipeline.finishing import finish
 from mars.pipeline.orders import Generated, Order
@@ -145,7 +145,7 @@ class Drawings:
         found = [drawing.found[number] for number in range(len(drawing.found))]
         try:
             return [Drawn(drawing=drawing, generated=finish(self.pipe, drawing.order, found, started=drawing.started))]
-        except RequestError as error:  # of a scorer; what else is drawn goes on
+        except MarsError as error:  # of a scorer; what else is drawn goes on
             return [DrawingFailed(drawing=drawing, error=error)]
 
     def _preview(self, drawing: Drawing, index: int, codes_RC: Tensor) -> list[News]:
