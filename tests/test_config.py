@@ -1,4 +1,5 @@
 import math
+import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mars.config import from_dict, from_overrides, load_config, to_dict
+from mars.config import find_callable, from_dict, from_overrides, load_config, to_dict
 from mars.errors import ConfigError
 
 
@@ -221,3 +222,18 @@ def test_an_integer_beyond_floats_is_one_line() -> None:
 
 def test_infinity_is_a_number(tmp_path: Path) -> None:
     assert math.isinf(load_config(Run, write(tmp_path, "steps = 7\nrates.learning_rate = inf")).rates.learning_rate)
+
+
+def test_a_callable_is_found_by_its_name_in_the_working_directory_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "module_of_a_test.py").write_text("def look():\n    return 7\n", "utf-8")
+    (tmp_path / "broken_module_of_a_test.py").write_text("raise RuntimeError('no\\nkey')\n", "utf-8")
+    assert find_callable("module_of_a_test:look", what="x must be")() == 7
+    assert find_callable("json:dumps", what="x must be")(1) == "1"
+    for path in ("nothing", "no.such.module:look", "json:nothing", "json:__name__", ":x", "broken_module_of_a_test:x"):
+        with pytest.raises(ConfigError, match=f"x must be package.module:name of a callable, got {path}") as caught:
+            find_callable(path, what="x must be")
+        assert "\n" not in str(caught.value)

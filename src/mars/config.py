@@ -4,11 +4,13 @@ import dataclasses
 import difflib
 import json
 import math
+import sys
 import tomllib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from mars.errors import ConfigError
 
@@ -142,3 +144,26 @@ def _first_fit(options: Sequence[Any], value: Any, name: str) -> Any:
         except ConfigError:
             continue
     raise ConfigError(f"{name} must be {' or '.join(_name(option) for option in options)}, got {value!r}")
+
+
+def find_callable(path: str, *, what: str) -> Callable[..., Any]:
+    """The callable at `package.module:name`, of a package that is installed or lies in the working directory.
+
+    Args:
+        what: begins the message of an error, such as `moderation must be`.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    module, _, name = path.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        found = getattr(import_module(module), name)
+    except Exception as error:  # whatever a module does when it is imported
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{what} package.module:name of a callable, got {path} ({said:.200})") from error
+    if not callable(found):
+        raise ConfigError(f"{what} package.module:name of a callable, got {path}, which cannot be called")
+    return cast(Callable[..., Any], found)

@@ -212,11 +212,14 @@ def test_several_pictures_are_numbered(run: Run, tiny_model: Path, out: str, nam
 
 def test_settings_of_the_command_reach_the_picture(run: Run, tiny_model: Path) -> None:
     options = ["--guidance", 2.5, "--temperature", 0.5, "--top-k", 9, "--top-p", 0.8, "--negative", "蓝", "--seed", 0]
-    options += ["--candidates", 2]
+    options += ["--candidates", 2, "--guidance-stop", 0.25, "--window", 3]
     assert run("x", *options, "--width", 48, "--height", 32, "--model", tiny_model)[0] == 0
     with Image.open("mars.png") as image:
         settings = json.loads(image.info["settings"])
-    wanted = {"guidance": 2.5, "temperature": 0.5, "top_k": 9, "top_p": 0.8, "candidates": 2, "negative_prompt": "蓝"}
+    wanted = {
+        "guidance": 2.5, "temperature": 0.5, "top_k": 9, "top_p": 0.8, "candidates": 2, "negative_prompt": "蓝",
+        "guidance_stop": 0.25, "window": 3,
+    }  # fmt: skip
     assert settings == wanted
 
 

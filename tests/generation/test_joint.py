@@ -90,6 +90,20 @@ def test_an_image_is_the_one_that_a_call_draws_after_the_same_text(
     assert torch.equal(rows[0], first[:1])
 
 
+def test_an_image_can_be_drawn_in_fewer_steps_and_with_guidance_that_stops(transformer: MarsTransformer) -> None:
+    drawing = Sampling(temperature=0, guidance=3.0, guidance_stop=0.5)
+    wanted, found = (
+        list(write(transformer, ask(drawing=replace(drawing, window=window), max_images=2)))
+        for window in (1, 4)
+    )
+    drawn = [event.codes for event in wanted if isinstance(event, Drew)]
+    assert drawn
+    assert list(map(str, document(iter(found)))) == list(map(str, document(iter(wanted))))
+    for event in found:
+        if isinstance(event, DrewRow):
+            assert any(torch.equal(event.codes, codes[: len(event.codes)]) for codes in drawn)
+
+
 def test_without_images_it_is_the_base_llm(transformer: MarsTransformer) -> None:
     found = document(write(transformer, ask(max_images=0)))
     assert found == list(text_ids(transformer, START.ids, max_tokens=24, end=()))

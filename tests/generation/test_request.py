@@ -174,7 +174,12 @@ def test_known_codes_are_kept_and_the_others_are_those_that_follow_them(
     transformer: MarsTransformer, window: int
 ) -> None:
     request = DrawRequest(
-        prompt=PROMPTS[0], free=FREE, grid=HIGH, seed=0, sampling=Sampling(temperature=0), known=KNOWN, window=window
+        prompt=PROMPTS[0],
+        free=FREE,
+        grid=HIGH,
+        seed=0,
+        known=KNOWN,
+        sampling=Sampling(temperature=0, window=window),
     )
     found = draw(transformer, [request, replace(request, known=None)])[0]
     assert torch.equal(found[KNOWN >= 0], KNOWN[KNOWN >= 0])

@@ -66,6 +66,7 @@ def some_request(dice: random.Random) -> DrawRequest:
         top_k=dice.choice([0, 0, 5, 30]),
         top_p=dice.choice([1.0, 1.0, 0.9, 0.5]),
         guidance=dice.choice([1.0, 1.0, 2.0, 0.5]),
+        guidance_stop=dice.choice([1.0, 1.0, 0.5, 0.2]),
         candidates=dice.choice([1, 1, 1, 2, 3]),
     )
     request = DrawRequest(

@@ -230,6 +230,18 @@ def test_a_picture_of_any_mode_becomes_codes(pipe: MarsPipeline, mode: str) -> N
     assert pipe.encode(Image.new(mode, (48, 32))).shape == (2, 3)
 
 
+def test_a_pipeline_that_was_moved_draws_the_same(pipe: MarsPipeline, tiny_model: Path, even_model: Path) -> None:
+    moved = MarsPipeline.from_pretrained(tiny_model).to("cpu")
+    assert moved("a", seed=1).images[0].tobytes() == pipe("a", seed=1).images[0].tobytes()
+    with pytest.raises(RequestError, match=r"the device must be one of PyTorch's here, got cpu:x") as caught:
+        moved.to("cpu:x")
+    assert "\n" not in str(caught.value)
+    assert moved("a", seed=2).images[0].tobytes() == pipe("a", seed=2).images[0].tobytes()
+    rounded = MarsPipeline.from_pretrained(even_model, precision="int8")
+    with pytest.raises(RequestError, match="weights in int8 stay on the CPU; open the model in fp32 or fp16"):
+        rounded.to("cpu")
+
+
 def test_a_package_without_a_model_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mars.pipeline.SHIPPED", tmp_path)
     with pytest.raises(ModelError, match="no model comes with this version; train one with"):

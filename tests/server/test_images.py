@@ -42,10 +42,10 @@ def test_a_picture_is_what_the_pipeline_draws(client: OpenAI, pipe: MarsPipeline
         model="tiny", prompt="a red apple", n=2, size="48x32", user="me",
         extra_body={
             "seed": 3, "negative_prompt": "blue", "guidance_scale": 3.5, "temperature": 0.7, "top_k": 40, "top_p": 0.9,
-            "candidates": 2,
+            "candidates": 2, "guidance_stop": 0.4,
         },
     )  # fmt: skip
-    sampling = Sampling(guidance=3.5, temperature=0.7, top_k=40, top_p=0.9, candidates=2)
+    sampling = Sampling(guidance=3.5, temperature=0.7, top_k=40, top_p=0.9, candidates=2, guidance_stop=0.4)
     wanted = pipe("a red apple", n=2, seed=3, negative_prompt="blue", sampling=sampling)
     assert answer.data is not None
     assert len(answer.data) == 2

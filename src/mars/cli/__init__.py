@@ -21,14 +21,17 @@ from mars.cli.options import (
     Candidates,
     Debug,
     Guidance,
+    GuidanceStop,
     Json,
     Lora,
     LoraScale,
     Model,
     Precision,
+    Scorer,
     Temperature,
     TopK,
     TopP,
+    Window,
     open_pipeline,
     sampling_of,
     say,
@@ -109,10 +112,13 @@ def generate(
     width: Annotated[int | None, typer.Option(help="Pixels; default: what the model was trained on.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     guidance: Guidance = None,
+    guidance_stop: GuidanceStop = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
     candidates: Candidates = None,
+    scorer: Scorer = "likelihood",
+    window: Window = None,
     negative: Annotated[str, typer.Option(help="What guidance moves away from.")] = "",
     upscale: Annotated[bool, typer.Option("--upscale", help="Draw each picture again in more detail.")] = False,
     model: Model = None,
@@ -124,17 +130,21 @@ def generate(
 ) -> None:
     """Draw pictures for a prompt, in English or Chinese."""
     from mars.cli.drawing import draw_all, save, targets
+    from mars.pipeline.scoring import find_scorer
 
     prompts = _prompts(prompt)
-    sampling = sampling_of(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, candidates=candidates)
+    sampling = sampling_of(
+        guidance=guidance, guidance_stop=guidance_stop, temperature=temperature, top_k=top_k, top_p=top_p,
+        candidates=candidates, window=window,
+    )  # fmt: skip
     files = targets(out, n * len(prompts))
     pipe = open_pipeline(model, precision=precision, lora=lora, lora_scale=lora_scale)
     pictures: list[dict[str, Any]] = []
     seconds: dict[str, float] = {}
     with bar("drawing") as progress:
         for drawn in draw_all(
-            pipe, prompts, n=n, seed=seed, size=(width, height), negative=negative, sampling=sampling, upscale=upscale,
-            progress=progress,
+            pipe, prompts, n=n, seed=seed, size=(width, height), negative=negative, sampling=sampling,
+            scorer=find_scorer(pipe, scorer), upscale=upscale, progress=progress,
         ):  # fmt: skip
             written = list(islice(files, len(drawn.images)))
             save(drawn, written)

@@ -11,6 +11,7 @@ from mars.generation.sampling import Sampling
 from mars.pipeline import MarsPipeline
 from mars.pipeline.checks import find_grid
 from mars.pipeline.orders import MAX_IMAGES, Generated
+from mars.pipeline.scoring import Scorer
 from mars.pipeline.upscaling import find_upscaling
 
 
@@ -46,6 +47,7 @@ def draw_all(
     size: tuple[int | None, int | None],
     negative: str,
     sampling: Sampling,
+    scorer: Scorer | None = None,
     upscale: bool = False,
     progress: Report | None,
 ) -> Iterator[Generated]:
@@ -58,7 +60,7 @@ def draw_all(
 
     Raises:
         PromptError: if a prompt is empty or too long, before anything is drawn.
-        RequestError: if the size, `n` or the seed cannot be used, or the model cannot upscale.
+        RequestError: if the size, `n`, the seed or the scorer cannot be used, or the model cannot upscale.
     """
     pipe.check_prompts(prompts)
     factor = pipe.model.image_tokenizer.config.factor
@@ -75,7 +77,7 @@ def draw_all(
     for start in range(0, len(prompts), some):
         drawn = pipe(
             prompts[start : start + some], n=n, seed=seed, width=size[0], height=size[1], negative_prompt=negative,
-            sampling=sampling, progress=report,
+            sampling=sampling, scorer=scorer, progress=report,
         )  # fmt: skip
         seed = drawn.seeds[0]  # where it was left to chance, all calls share it
         done += low * len(drawn.images)

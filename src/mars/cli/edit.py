@@ -9,12 +9,15 @@ import typer
 from mars.cli.options import (
     Debug,
     Guidance,
+    GuidanceStop,
     Json,
     Model,
     Precision,
+    Scorer,
     Temperature,
     TopK,
     TopP,
+    Window,
     open_pipeline,
     sampling_of,
 )
@@ -37,12 +40,15 @@ def edit(
     seed: Annotated[int | None, typer.Option(help="The same seed draws the same picture.")] = None,
     negative: Annotated[str, typer.Option(help="What guidance moves away from.")] = "",
     guidance: Guidance = None,
+    guidance_stop: GuidanceStop = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
     candidates: Annotated[
         int | None, typer.Option(help="Draw so many and keep the one that goes best with the rest.")
     ] = None,
+    scorer: Scorer = "likelihood",
+    window: Window = None,
     model: Model = None,
     precision: Precision = "fp16",
     as_json: Json = False,
@@ -52,11 +58,12 @@ def edit(
     from mars.cli.drawing import save, targets
     from mars.picture import open_picture
     from mars.pipeline.editing import read_margins
-    from mars.pipeline.orders import DEFAULT_SAMPLING
+    from mars.pipeline.scoring import find_scorer
 
     sampling = sampling_of(
-        DEFAULT_SAMPLING, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, candidates=candidates
-    )
+        guidance=guidance, guidance_stop=guidance_stop, temperature=temperature, top_k=top_k, top_p=top_p,
+        candidates=candidates, window=window,
+    )  # fmt: skip
     files = list(targets(out, n))
     opened = open_picture(picture)
     around = None if margins is None else read_margins(margins)
@@ -64,7 +71,7 @@ def edit(
     with bar("drawing") as progress:
         drawn = pipe.edit(
             opened, prompt, mask=mask, margins=around, vary=vary, n=n, seed=seed, negative_prompt=negative,
-            sampling=sampling, progress=progress,
+            sampling=sampling, scorer=find_scorer(pipe, scorer), progress=progress,
         )  # fmt: skip
     save(drawn, files)
     if as_json:

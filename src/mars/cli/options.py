@@ -26,6 +26,16 @@ Guidance = Annotated[float | None, typer.Option(help="How closely to follow the 
 Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest code.")]
 TopK = Annotated[int | None, typer.Option(help="Choose among this many codes; 0 is all.")]
 TopP = Annotated[float | None, typer.Option(help="Choose among codes of this share of probability.")]
+GuidanceStop = Annotated[
+    float | None,
+    typer.Option(help="Guide this share (0 to 1) of the codes, from the first; the others cost less."),
+]
+Window = Annotated[
+    int | None, typer.Option(help="Codes read in a step: more than 1 is speculative Jacobi decoding, in fewer steps.")
+]
+Scorer = Annotated[
+    str, typer.Option(help="Who chooses among candidates: likelihood, caption, or package.module:function.")
+]
 Candidates = Annotated[int | None, typer.Option(help="Draw this many and keep the one that the model finds likeliest.")]
 
 
@@ -61,6 +71,8 @@ def sampling_of(
     top_k: int | None,
     top_p: float | None,
     candidates: int | None,
+    guidance_stop: float | None = None,
+    window: int | None = None,
 ) -> "Sampling":
     """The pipeline's settings, or others, with what was asked for in their place."""
     from dataclasses import replace
@@ -73,5 +85,7 @@ def sampling_of(
         "top_k": top_k,
         "top_p": top_p,
         "candidates": candidates,
+        "guidance_stop": guidance_stop,
+        "window": window,
     }
     return replace(default or DEFAULT_SAMPLING, **{name: value for name, value in asked.items() if value is not None})

@@ -32,9 +32,10 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Answer HTTP requests as the OpenAI API does: pictures, edits, variations and chats."""
+    from mars.config import find_callable
     from mars.server.serve import bind
     from mars.server.serve import serve as run
-    from mars.server.settings import Limits, Settings, find_moderation, read_keys
+    from mars.server.settings import Limits, Settings, read_keys
 
     limits = Limits(
         body=max_body, pixels=max_pixels, prompt=max_prompt, images=max_n, queue=queue, seconds=timeout
@@ -43,7 +44,7 @@ def serve(
         limits=limits,
         keys=read_keys(api_keys, environment=os.environ),
         log_prompts=log_prompts,
-        moderation=None if moderation is None else find_moderation(moderation),
+        moderation=None if moderation is None else find_callable(moderation, what="moderation must be"),
     )
     listening = bind(host, port)
     if not settings.keys and not host.startswith("127.") and host not in ("localhost", "::1"):

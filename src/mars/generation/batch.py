@@ -31,6 +31,19 @@ class Picture:
     """None without a temperature."""
     done: int = 0
     """Codes that are drawn."""
+    steps: int = 0
+    """Steps that drew them."""
+
+
+def new_picture(
+    transformer: MarsTransformer, request: DrawRequest, *, prefixes: Sequence[Prefix], ticket: int = 0, number: int = 0
+) -> Picture:
+    """A candidate that has not begun."""
+    noise = None
+    if request.sampling.temperature:
+        seed, ids = request.candidate_seed(number), transformer.vocabulary.num_codes
+        noise = Noise(seed, block=request.side**2, ids=ids, device=transformer.device)
+    return Picture(ticket=ticket, number=number, request=request, prefixes=prefixes, noise=noise)
 
 
 class Batch:
@@ -68,7 +81,7 @@ class Batch:
     @property
     def rows(self) -> int:
         """Rows in use, those of pictures that are about to join too."""
-        return sum(len(picture.request.texts) for picture in self.pictures + self.joining)
+        return len(self.owners) + sum(len(picture.request.texts) for picture in self.joining)
 
     def tokens_with(self, request: DrawRequest | None) -> int:
         """Places in the cache, used or not, once another picture has joined."""
@@ -113,18 +126,28 @@ class Batch:
         if len(gone) == len(self.pictures):
             self.clear()
             return
-        assert self.cache is not None
-        for row in reversed(range(len(self.owners))):
-            if self.owners[row][0] in gone:
-                self.cache.remove(row)
-                self.owners[row] = self.owners[-1]
-                self.owners.pop()
+        self._free([row for row, (picture, _) in enumerate(self.owners) if picture in gone])
         before = {picture: number for number, picture in enumerate(self.pictures)}
         self.pictures = [picture for picture, free in self.owners if not free]
         kept = [before[picture] for picture in self.pictures]
         self.codes_PN, self.last_PK = self.codes_PN[kept], self.last_PK[kept]
         self.done_P, self.likelihoods_P = self.done_P[kept], self.likelihoods_P[kept]
         self._prepare()
+
+    def _free(self, rows: Sequence[int]) -> None:
+        """Lets rows go, which count up; the last ones take their places."""
+        assert self.cache is not None
+        for row in reversed(rows):
+            self.cache.remove(row)
+            self.owners[row] = self.owners[-1]
+            self.owners.pop()
+
+    def _end_guidance(self) -> None:
+        """Frees the prompt-free rows of pictures whose guidance is over, but for those that are done: they leave."""
+        over = {one for one in self.pictures if one.request.guided <= one.done < one.request.places}
+        if rows := [row for row, (picture, free) in enumerate(self.owners) if free and picture in over]:
+            self._free(rows)
+            self._prepare()
 
     def _prepare(self) -> None:
         """What stays the same until pictures come or go."""
@@ -133,6 +156,9 @@ class Batch:
         rows = [(numbers[picture], free) for picture, free in self.owners]
         scales = [request.sampling.guidance for request in requests]
         self.guidance = Guidance(rows, scales, device=self.device)
+        self.guided_P = torch.tensor([request.guided for request in requests], device=self.device)
+        self.stops = any(0 < request.guided < request.places for request in requests)
+        """Whether guidance ends before a picture is done."""
         samplings = [request.sampling for request in requests for _ in range(self.block)]
         self.sampler = Sampler(samplings, device=self.device)
         self.ranked = any(request.sampling.candidates > 1 for request in requests)
@@ -174,6 +200,9 @@ class Batch:
         self.done_P += self.block
         for picture in self.pictures:
             picture.done += self.block
+            picture.steps += 1
+        if self.stops:
+            self._end_guidance()
         return len(self.pictures) * self.block
 
     def _logits(self, hidden_BKD: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -182,7 +211,10 @@ class Batch:
         The head is linear, so that states can be guided instead of their logits: half the work, and the same.
         """
         codes, count = self.transformer.vocabulary.num_codes, len(self.pictures)
-        guided_PKD = self.guidance.combine(hidden_BKD)
+        within_PK = None
+        if self.stops and self.block > 1:  # guidance may end inside a block
+            within_PK = self.done_P[:, None] + self.inside_K < self.guided_P[:, None]
+        guided_PKD = self.guidance.combine(hidden_BKD, within_PK)
         if not self.ranked:
             return self.transformer.visual_logits(guided_PKD)[..., :codes], None
         both = torch.cat([guided_PKD, self.guidance.prompted(hidden_BKD)])

@@ -83,11 +83,11 @@ def text_ids(
     max_tokens = min(max_tokens, limit - len(prompt))
     cache = transformer.new_static_cache(batch=1, size=before + len(prompt) + max_tokens)
     if image is not None:
-        transformer(read_image(image[None], transformer.vocabulary), cache)
-    generator = torch.Generator().manual_seed(seed)
+        transformer(read_image(image[None].to(transformer.device), transformer.vocabulary), cache)
+    generator = torch.Generator(transformer.device).manual_seed(seed)
     segment = text_segment([list(prompt)])
     for _ in range(max_tokens):
-        hidden = transformer(segment, cache)
+        hidden = transformer(segment.to(transformer.device), cache)
         chosen = int(sample(transformer.text_logits(hidden[:, -1]), [sampling], [generator])[0])
         if chosen in end:
             return

@@ -24,22 +24,30 @@ class Guidance:
     def __init__(self, rows: Sequence[tuple[int, bool]], scales: Sequence[float], *, device: torch.device) -> None:
         prompted = {picture: row for row, (picture, free) in enumerate(rows) if not free}
         free = {picture: row for row, (picture, free) in enumerate(rows) if free}
-        self.guided = sorted(free)
+        guided = sorted(free)
+        self.guided = torch.tensor(guided, dtype=torch.long, device=device)
         self.picture_B = torch.tensor([picture for picture, _ in rows], device=device)
         self.prompted_P = torch.tensor([prompted[picture] for picture in range(len(scales))], device=device)
-        self.free = torch.tensor([free[picture] for picture in self.guided], dtype=torch.long, device=device)
-        self.scales = torch.tensor([scales[picture] for picture in self.guided], device=device)[:, None, None]
+        self.free = torch.tensor([free[picture] for picture in guided], dtype=torch.long, device=device)
+        self.scales = torch.tensor([scales[picture] for picture in guided], device=device)[:, None, None]
 
     def prompted(self, of_BKD: Tensor) -> Tensor:
         """Logits (P, K, V), or states (P, K, D), after the prompts, not guided."""
         return of_BKD[self.prompted_P]
 
-    def combine(self, of_BKD: Tensor) -> Tensor:
-        """Guided logits (P, K, V), or guided states (P, K, D), whose logits are those."""
+    def combine(self, of_BKD: Tensor, within_PK: Tensor | None = None) -> Tensor:
+        """Guided logits (P, K, V), or guided states (P, K, D), whose logits are those.
+
+        Args:
+            within_PK: codes that are guided; null where all are whose pictures have a prompt-free row.
+        """
         of_PKD = self.prompted(of_BKD)
-        if self.guided:
-            free = of_BKD[self.free]
-            of_PKD[self.guided] = free + self.scales.to(free) * (of_PKD[self.guided] - free)
+        if len(self.guided):
+            free, prompted = of_BKD[self.free], of_PKD[self.guided]
+            guided = free + self.scales.to(free) * (prompted - free)
+            if within_PK is not None:
+                guided = torch.where(within_PK[self.guided][..., None], guided, prompted)
+            of_PKD[self.guided] = guided
         return of_PKD
 
     def spread(self, of_P: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mars.generation.batch import Batch, Picture
+from mars.generation.request import DrawRequest
 from mars.model.transformer import MarsTransformer
 from mars.sequence.layout import Modality, Segment
 
@@ -29,6 +30,13 @@ class _Window:
     shares_WV: Tensor
     """What they were drawn from; zeros where nothing has been guessed yet."""
     generator: torch.Generator
+
+
+def new_batch(transformer: MarsTransformer, request: DrawRequest) -> Batch:
+    """An empty batch that a request's pictures can join."""
+    if request.sampling.window > 1:
+        return JacobiBatch(transformer, window=request.sampling.window)
+    return Batch(transformer, side=request.side, refines=request.low is not None)
 
 
 class JacobiBatch(Batch):
@@ -75,6 +83,7 @@ class JacobiBatch(Batch):
             self.codes_PN[number, done : done + kept] = codes_W
             kept_P[number] = kept
             picture.done += kept
+            picture.steps += 1
         if prompted_PWV is not None:
             for number, (picture, kept) in enumerate(zip(self.pictures, kept_P.tolist(), strict=True)):
                 codes_W = self.codes_PN[number, picture.done - kept : picture.done]
@@ -82,6 +91,8 @@ class JacobiBatch(Batch):
                 self.likelihoods_P[number] += shares_WV.gather(1, codes_W[:, None]).sum()
         self.done_P += kept_P
         self.cache.forget(self.guidance.spread(self.block - kept_P))
+        if self.stops:
+            self._end_guidance()
         return int(kept_P.sum())
 
     def _decide(self, number: int, picture: Picture, shares_WV: Tensor) -> Tensor:

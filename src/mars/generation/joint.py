@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from mars.errors import RequestError
-from mars.generation.batch import Batch, Picture
+from mars.generation.batch import Batch, new_picture
+from mars.generation.jacobi import new_batch
 from mars.generation.request import DrawRequest
-from mars.generation.sampling import Noise, Sampling, sample
+from mars.generation.sampling import Sampling, sample
 from mars.model.cache import StaticCache
 from mars.model.transformer import MarsTransformer, read_prefixes
 from mars.sequence.interleaved import ImagePart, Part
@@ -158,25 +159,22 @@ class _Writer:
         rows, columns = request.grid
         with torch.inference_mode():
             batch = self._batch(asked)
-        for place in range(1, rows * columns + 1):
+        (picture,), told = batch.pictures, 0
+        while picture.done < asked.places:
             with torch.inference_mode():
                 batch.step()
-                codes = batch.codes_PN[0, :place].clone()
-            if place == rows * columns:
-                yield Drew(codes.view(rows, columns))
-            elif place % columns == 0:
-                yield DrewRow(codes.view(-1, columns))
+                codes = batch.codes_PN[0, : picture.done // columns * columns].clone().view(-1, columns)
+            if told < len(codes) < rows:
+                yield DrewRow(codes)
+            told = len(codes)
+        yield Drew(codes)
 
     def _batch(self, asked: DrawRequest) -> Batch:
         transformer = self.transformer
         prefixes = [self.cache.prefix(0)]
         if len(asked.texts) > 1:
             prefixes += read_prefixes(transformer, [asked.free])
-        batch = Batch(transformer, side=1, refines=False)
-        noise = Noise(asked.seed, block=1, ids=transformer.vocabulary.num_codes, device=transformer.device)
-        warm = asked.sampling.temperature > 0
-        batch.joining.append(
-            Picture(ticket=0, number=0, request=asked, prefixes=prefixes, noise=noise if warm else None)
-        )
+        batch = new_batch(transformer, asked)
+        batch.joining.append(new_picture(transformer, asked, prefixes=prefixes))
         batch.join()
         return batch

@@ -13,7 +13,6 @@ from mars.generation.sampling import Sampling
 from mars.model.transformer import MarsTransformer
 from mars.sequence.layout import drawing_order, refined_codes
 
-MAX_WINDOW = 64
 SEED_STRIDE = 0x1E3779B97F4A7C15
 """Between the seeds of the candidates of one request."""
 
@@ -39,13 +38,16 @@ class DrawRequest:
     known: Tensor | None = None
     """(R, C) codes that are kept as they are, and -1 where one is to be drawn: inpainting. What stands behind a place
     is not seen when it is drawn, but counts where the likeliest of several candidates is chosen."""
-    window: int = 1
-    """Places that a step reads: more than 1 draws by speculative Jacobi decoding (`jacobi.py`)."""
+
+    @property
+    def guided(self) -> int:
+        """How many codes are guided: so many of the first in the order of drawing."""
+        return 0 if self.sampling.guidance == 1 else round(self.sampling.guidance_stop * self.places)
 
     @property
     def texts(self) -> tuple[tuple[int, ...], ...]:
-        """The text of each row that a candidate takes: the prompt, and where it is guided the free text."""
-        return (self.prompt,) if self.sampling.guidance == 1 else (self.prompt, self.free)
+        """The text of each row that a candidate starts with: the prompt, and where it is guided the free text."""
+        return (self.prompt, self.free) if self.guided else (self.prompt,)
 
     @property
     def places(self) -> int:
@@ -59,7 +61,7 @@ class DrawRequest:
             max(map(len, self.texts))
             + (0 if self.low is None else self.low.numel() + 1)
             + self.places
-            + self.window
+            + self.sampling.window
             - 1
         )
 
@@ -107,10 +109,8 @@ class DrawRequest:
                 f"{transformer.vocabulary.num_codes}, got {'x'.join(map(str, self.known.shape))} up to "
                 f"{int(self.known.max())}"
             )
-        if self.window != 1 and (self.low is not None or not 1 < self.window <= MAX_WINDOW):
-            raise RequestError(
-                f"a window must be 1 to {MAX_WINDOW} codes, and 1 where a picture is upscaled, got {self.window}"
-            )
+        if self.sampling.window != 1 and self.low is not None:
+            raise RequestError(f"window must be 1 where a picture is upscaled, got {self.sampling.window}")
         limit = transformer.config.language.max_positions
         if self.length > limit:
             raise RequestError(

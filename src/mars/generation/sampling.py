@@ -13,6 +13,7 @@ from torch import Tensor
 from mars.errors import RequestError
 
 MAX_CANDIDATES = 64
+MAX_WINDOW = 64
 NOISE_PLACES = 16
 """Codes of a picture whose noise is made at once: a megabyte of it."""
 
@@ -29,8 +30,12 @@ class Sampling:
     """Keep the likeliest ids that together hold this share of the probability."""
     guidance: float = 1.0
     """Classifier-free guidance: 1 is none, more follows the prompt more closely."""
+    guidance_stop: float = 1.0
+    """Guide this share of an image's codes, from the first; the rest follow the prompt alone, in half the rows."""
     candidates: int = 1
     """Draw this many and keep the one that the model itself finds likeliest after the prompt, without guidance."""
+    window: int = 1
+    """Codes of an image that a step reads; more than 1 draws by speculative Jacobi decoding (`jacobi.py`)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -41,8 +46,12 @@ class Sampling:
             raise RequestError(f"top_p must lie in 0..1 and be greater than 0, got {self.top_p}")
         if not 0 <= self.guidance <= 100:
             raise RequestError(f"guidance must lie in 0..100 (1 is none), got {self.guidance}")
+        if not 0 <= self.guidance_stop <= 1:
+            raise RequestError(f"guidance_stop must lie in 0..1 (1 guides every code), got {self.guidance_stop}")
         if not 1 <= self.candidates <= MAX_CANDIDATES:
             raise RequestError(f"candidates must lie in 1..{MAX_CANDIDATES}, got {self.candidates}")
+        if not 1 <= self.window <= MAX_WINDOW:
+            raise RequestError(f"window must lie in 1..{MAX_WINDOW} (1 is off), got {self.window}")
 
 
 class Sampler:
@@ -53,37 +62,37 @@ class Sampler:
         """Whether any row needs noise."""
         temperatures = [one.temperature or 1.0 for one in samplings]
         self.temperatures_B1 = torch.tensor(temperatures, dtype=torch.float64, device=device)[:, None]
-        self.warm_B1 = torch.tensor([one.temperature > 0 for one in samplings], device=device)[:, None]
-        self.top_k = [(row, one.top_k) for row, one in enumerate(samplings) if one.top_k]
-        self.top_p = [(row, one.top_p) for row, one in enumerate(samplings) if one.top_p < 1]
-        self.device = device
+        self.top_k = _chosen([one.top_k for one in samplings], rest=0, device=device)
+        self.most = max(one.top_k for one in samplings)
+        self.top_p = _chosen([one.top_p for one in samplings], rest=1, device=device)
+        cold = [row for row, one in enumerate(samplings) if not one.temperature]
+        self.cold = torch.tensor(cold, dtype=torch.long, device=device)
 
     def restrict(self, logits_BV: Tensor) -> Tensor:
         """Logits with what top-k and top-p drop at minus infinity."""
-        if self.top_k:
-            rows, counts = zip(*self.top_k, strict=True)
-            few = torch.tensor(counts, device=self.device).clamp(max=logits_BV.shape[1])
-            chosen = logits_BV[list(rows)]
-            least = chosen.topk(min(max(counts), logits_BV.shape[1])).values.gather(1, few[:, None] - 1)
+        if self.top_k is not None:
+            rows, counts = self.top_k
+            chosen, few = logits_BV[rows], counts.clamp(max=logits_BV.shape[1])
+            least = chosen.topk(min(self.most, logits_BV.shape[1])).values.gather(1, few[:, None] - 1)
             logits_BV = logits_BV.clone()
-            logits_BV[list(rows)] = chosen.masked_fill(chosen < least, -torch.inf)
-        if self.top_p:
-            rows, shares = zip(*self.top_p, strict=True)
-            chosen = logits_BV[list(rows)]
+            logits_BV[rows] = chosen.masked_fill(chosen < least, -torch.inf)
+        if self.top_p is not None:
+            rows, shares = self.top_p
+            chosen = logits_BV[rows]
             ordered, order = chosen.sort(descending=True)
-            spread = (ordered / self.temperatures_B1[list(rows)].to(ordered)).softmax(dim=1)
-            late = spread.cumsum(dim=1) - spread >= torch.tensor(shares, device=self.device)[:, None]
+            spread = (ordered / self.temperatures_B1[rows].to(ordered)).softmax(dim=1)
+            late = spread.cumsum(dim=1) - spread >= shares[:, None]
             logits_BV = logits_BV.clone()
-            logits_BV[list(rows)] = chosen.masked_fill(torch.zeros_like(late).scatter(1, order, late), -torch.inf)
+            logits_BV[rows] = chosen.masked_fill(torch.zeros_like(late).scatter(1, order, late), -torch.inf)
         return logits_BV
 
     def shares(self, logits_BV: Tensor) -> Tensor:
         """The probability of each id (B, V) in fp32; all of it the likeliest's for rows without a temperature."""
         kept_BV = self.restrict(logits_BV).float()
         shares_BV = (kept_BV / self.temperatures_B1.float()).softmax(dim=1)
-        cold = (~self.warm_B1[:, 0]).nonzero()[:, 0]
-        if len(cold):
-            shares_BV[cold] = torch.zeros_like(shares_BV[cold]).scatter_(1, kept_BV[cold].argmax(1, keepdim=True), 1)
+        if len(self.cold):
+            likeliest = kept_BV[self.cold].argmax(1, keepdim=True)
+            shares_BV[self.cold] = torch.zeros_like(shares_BV[self.cold]).scatter_(1, likeliest, 1)
         return shares_BV
 
     def choose(self, logits_BV: Tensor, noise_BV: Tensor | None) -> Tensor:
@@ -96,6 +105,14 @@ class Sampler:
         if noise_BV is None:
             return kept_BV.argmax(dim=1)
         return (kept_BV.double() / self.temperatures_B1 + noise_BV).argmax(dim=1)
+
+
+def _chosen(values: Sequence[float], *, rest: float, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Rows with another value than `rest`, and their values; null without any."""
+    rows = [row for row, value in enumerate(values) if value != rest]
+    if not rows:
+        return None
+    return torch.tensor(rows, device=device), torch.tensor([values[row] for row in rows], device=device)
 
 
 def gumbel(generator: torch.Generator, *shape: int) -> Tensor:

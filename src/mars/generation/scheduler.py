@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from mars.errors import RequestError
-from mars.generation.batch import Batch, Picture
-from mars.generation.jacobi import JacobiBatch
+from mars.generation.batch import Batch, Picture, new_picture
+from mars.generation.jacobi import new_batch
 from mars.generation.prompts import Prompt, Prompts
 from mars.generation.request import DrawRequest
-from mars.generation.sampling import Noise
 from mars.model.cache import Prefix
 from mars.model.transformer import MarsTransformer
 from mars.sequence.layout import low_image
@@ -45,12 +44,35 @@ class RowDrawn:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One of the pictures that were drawn for a request."""
+
+    codes: Tensor
+    """(R, C) int64."""
+    likelihood: Tensor
+    """Of its codes after the prompt, without guidance, in nats: a number. Zero where there was no other candidate."""
+    steps: int
+    """Steps that drew it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finished:
     """A picture is done."""
 
     ticket: int
-    codes: Tensor
-    """(R, C) int64."""
+    candidates: Sequence[Candidate]
+
+    @property
+    def likeliest(self) -> Candidate:
+        """The one that the model itself finds likeliest; of equals the first."""
+        if len(self.candidates) == 1:
+            return self.candidates[0]
+        return self.candidates[int(torch.stack([one.likelihood for one in self.candidates]).argmax())]
+
+    @property
+    def codes(self) -> Tensor:
+        """(R, C) of the likeliest."""
+        return self.likeliest.codes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +97,8 @@ class _Job:
     """What its rows have read, from the first candidate that joins to the last."""
     joined: int = 0
     """Candidates that have joined."""
-    finished: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Codes (N,) in the order in which they were drawn, and likelihoods, of candidates that are done."""
+    finished: dict[int, Candidate] = field(default_factory=dict)
+    """By number."""
     told: int = 0
     """Codes that have been told of."""
 
@@ -188,15 +210,17 @@ class Scheduler:
         events = self._tell_rows(batch)
         for number, picture in enumerate(batch.pictures):
             if picture in done:
-                codes = batch.codes_PN[number, : picture.done].clone()
-                self._jobs[picture.ticket].finished[picture.number] = codes, batch.likelihoods_P[number]
+                codes = picture.request.raster(batch.codes_PN[number, : picture.done])
+                found = Candidate(codes=codes, likelihood=batch.likelihoods_P[number], steps=picture.steps)
+                self._jobs[picture.ticket].finished[picture.number] = found
         if done:
             batch.remove(done)
         for ticket in sorted({picture.ticket for picture in done}):
             job = self._jobs[ticket]
             if len(job.finished) == job.candidates:
                 del self._jobs[ticket]
-                events.append(Finished(ticket=ticket, codes=job.request.raster(_likeliest(job))))
+                candidates = [job.finished[number] for number in range(job.candidates)]
+                events.append(Finished(ticket=ticket, candidates=candidates))
         return events
 
     def _tell_rows(self, batch: Batch) -> list[Event]:
@@ -238,11 +262,9 @@ class Scheduler:
 
     def _room_for(self, request: DrawRequest) -> Batch | None:
         """The batch that a candidate can join now, if there is room."""
-        kind = request.side, request.window, request.low is not None
-        if kind not in self._batches and request.window > 1:
-            self._batches[kind] = JacobiBatch(self.transformer, window=request.window)
-        elif kind not in self._batches:
-            self._batches[kind] = Batch(self.transformer, side=request.side, refines=request.low is not None)
+        kind = request.side, request.sampling.window, request.low is not None
+        if kind not in self._batches:
+            self._batches[kind] = new_batch(self.transformer, request)
         batch = self._batches[kind]
         others = self.tokens - batch.tokens_with(None)
         fits = others + batch.tokens_with(request) <= self.max_tokens
@@ -250,18 +272,11 @@ class Scheduler:
 
     def _picture(self, job: _Job) -> Picture:
         """The job's next candidate."""
-        request, vocabulary = job.request, self.transformer.vocabulary
         self._read(job)
         assert job.prefixes is not None
-        seed, block = request.candidate_seed(job.joined), request.side**2
-        noise = Noise(seed, block=block, ids=vocabulary.num_codes, device=self.transformer.device)
         job.joined += 1
-        return Picture(
-            ticket=job.ticket,
-            number=job.joined - 1,
-            request=request,
-            prefixes=job.prefixes,
-            noise=noise if request.sampling.temperature else None,
+        return new_picture(
+            self.transformer, job.request, prefixes=job.prefixes, ticket=job.ticket, number=job.joined - 1
         )
 
     def _read(self, job: _Job) -> None:
@@ -280,11 +295,3 @@ class Scheduler:
     def _fail(self, ticket: int, error: Exception) -> Failed:
         self.cancel(ticket)
         return Failed(ticket=ticket, error=error)
-
-
-def _likeliest(job: _Job) -> Tensor:
-    """The codes of the candidate that the model itself finds likeliest after the prompt; of equals the first."""
-    found = [job.finished[number] for number in range(job.candidates)]
-    if len(found) == 1:
-        return found[0][0]
-    return found[int(torch.stack([likelihood for _, likelihood in found]).argmax())][0]

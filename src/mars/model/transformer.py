@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mars.errors import RequestError
 from mars.model.cache import Cache, Prefix, StaticCache
+from mars.model.compiled import CompiledSteps
 from mars.model.config import ModelConfig
 from mars.model.decoding import MOST_POSITIONS, Decoder, HalfWeights, build_decoder
 from mars.model.layers import Expert, Linear, Norm
@@ -57,6 +58,8 @@ class MarsTransformer(nn.Module):
         self.recompute = False
         """Whether layers keep no activations for a backward pass, and compute them again there."""
         self.compiled = False
+        self.steps: CompiledSteps | None = None
+        """How steps of drawing are compiled, if they are."""
         self.halves: HalfWeights | None = None
         """Copies in fp16 of the visual weights, for drawing; none where it shall read these themselves."""
         language, width = config.language, config.visual_width
@@ -91,9 +94,10 @@ class MarsTransformer(nn.Module):
             raise RequestError("the language expert was released after its prompt; open the model again")
         positions_BT, masks = cache.begin(segment)
         x_BTD = self.embed(segment)
-        longest = cache.longest
-        if segment.side > 1:  # rows that a block has begun
-            longest += (segment.side - 1) * int(torch.as_tensor(segment.columns).max())
+        if isinstance(cache, StaticCache):
+            longest = cache.size
+        else:  # and rows that a block has begun
+            longest = cache.longest + (segment.side - 1) * int(segment.columns)
         rotary = self.rotary.at(positions_BT, longest=longest, dtype=x_BTD.dtype)
         if isinstance(cache, StaticCache) and (decoder := self._decoder(segment, cache)):
             return self._final_norm(decoder.run(x_BTD, rotary, cache, block=segment.block), segment.modality)
@@ -108,9 +112,13 @@ class MarsTransformer(nn.Module):
         shared = modality is Modality.TEXT or self.config.semvie.share_norms
         return cast(Tensor, self.language_norm(x_BTD) if shared else self.visual_norm(x_BTD))
 
-    def _decoder(self, segment: Segment, cache: StaticCache) -> Decoder | None:
-        """The kernel's way through the layers, for a few image positions; built when a cache first asks."""
-        if segment.modality is Modality.TEXT or segment.mask is not None or segment.ids.numel() > MOST_POSITIONS:
+    def _decoder(self, segment: Segment, cache: StaticCache) -> Decoder | CompiledSteps | None:
+        """A quicker way through the layers, for image positions; the kernel's is built when a cache first asks."""
+        if segment.modality is Modality.TEXT or segment.mask is not None:
+            return None
+        if self.steps is not None:
+            return self.steps
+        if segment.ids.numel() > MOST_POSITIONS:
             return None
         if not cache.sought:
             cache.decoder, cache.sought = build_decoder(self.layers, cache, self.halves), True
@@ -135,6 +143,14 @@ class MarsTransformer(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, SemVIELayer)
             layer.alone = torch.compile(layer.alone, dynamic=True)  # type: ignore[method-assign]
+
+    def compile_steps(self) -> None:
+        """Compiles steps of drawing at their first use, for a GPU: minutes that many pictures must pay back.
+
+        Raises:
+            ModelError: if nothing can be compiled for its device.
+        """
+        self.steps = CompiledSteps(self.layers, self.device)
 
     @property
     def released(self) -> bool:

@@ -6,7 +6,6 @@ pixels to PIL with what is needed to draw them again.
 
 import json
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,14 @@ from mars.generation.prompts import Prompts
 from mars.generation.sampling import Sampling
 from mars.hub import hub_folder, is_hub_id, upload
 from mars.model.precision import Precision, check_precision
-from mars.picture import GeneratedImage, on_white_page, open_picture
+from mars.picture import on_white_page, open_picture
+from mars.pipeline.checks import check_device
 from mars.pipeline.description import describe_model
 from mars.pipeline.drawings import DrawingFailed, Drawings, Drawn, Preview
 from mars.pipeline.editing import Margins, edit_order
 from mars.pipeline.orders import DEFAULT_SAMPLING, Generated, Order, draw_order, upscale_order
 from mars.pipeline.saving import save_with_card
+from mars.pipeline.scoring import Scorer
 from mars.pipeline.upscaling import UPSCALE_SAMPLING
 from mars.pipeline.writing import Piece, Said, captioning, document, reply
 
@@ -110,6 +111,18 @@ class MarsPipeline:
         self.model = adapt(self.model, Path(folder), scale=scale)
         self.prompts = Prompts(self.model.transformer)
 
+    def to(self, device: str | torch.device) -> "MarsPipeline":
+        """Moves the weights to a device, such as `cuda`, and returns this pipeline. Not tried on a GPU so far.
+
+        Raises:
+            RequestError: if PyTorch has no such device here, or the weights are rounded, which only a CPU multiplies.
+        """
+        check_device(device, precision=self.model.precision)
+        self.model.transformer.to(device)
+        self.model.image_tokenizer.to(device)
+        self.prompts = Prompts(self.model.transformer)
+        return self
+
     def save_pretrained(self, folder: str | Path, *, report: Path | None = None) -> None:
         """Writes the visual side in fp16, and a model card, into a folder that appears whole or not at all.
 
@@ -155,6 +168,7 @@ class MarsPipeline:
         height: int | None = None,
         negative_prompt: str = "",
         sampling: Sampling = DEFAULT_SAMPLING,
+        scorer: Scorer | None = None,
         release_language: bool = False,
         progress: Progress | None = None,
         previews: int = 0,
@@ -168,19 +182,20 @@ class MarsPipeline:
                 changes no more than rounding does.
             width, height: pixels; must be a size of `sizes`.
             negative_prompt: what guidance moves away from.
-            sampling: temperature, top-k, top-p, guidance and candidates.
+            sampling: temperature, top-k, top-p, guidance, candidates and window.
+            scorer: chooses among candidates by their pixels (`pipeline/scoring.py`); default: the model's likelihood.
             release_language: let the language expert go once it has read the prompts. Drawing needs half the memory
                 then, and the pipeline can read no further prompt.
             progress: called after each code with how many are done and how many there are, all candidates counted.
-            previews, on_preview: how many times to show each picture before it is done, and to whom.
+            previews, on_preview: how many times to show each picture (its likeliest candidate so far), and to whom.
 
         Raises:
             PromptError: if a prompt is empty or too long.
-            RequestError: if the size, `n`, the seed or the number of previews cannot be used.
+            RequestError: if the size, `n`, the seed, the number of previews or the scorer cannot be used.
         """
         order = draw_order(
             self, prompt, n=n, seed=seed, width=width, height=height, negative_prompt=negative_prompt,
-            sampling=sampling,
+            sampling=sampling, scorer=scorer,
         )  # fmt: skip
         return self._draw(
             order, previews=previews, on_preview=on_preview, release_language=release_language, progress=progress
@@ -261,7 +276,7 @@ class MarsPipeline:
             mask: as large as the picture, white (or transparent) where it is drawn anew; the rest keeps its pixels.
             margins: pixels to the left, above, to the right and below the picture, which are drawn around it.
             vary: a share of the picture's codes that are drawn anew, in places that the seed chooses.
-            options: `n`, `seed`, `negative_prompt`, `sampling`, as for a call.
+            options: `n`, `seed`, `negative_prompt`, `sampling`, `scorer`, as for a call.
 
         Raises:
             RequestError: unless there is just one of mask, margins and `vary`, and it can be used.
@@ -270,20 +285,6 @@ class MarsPipeline:
         """
         order = edit_order(self, picture, prompt, mask=mask, margins=margins, vary=vary, **options)
         return self._draw(order, progress=progress)
-
-    def finish(self, order: Order, codes: Tensor, *, started: float) -> Generated:
-        """An order's codes (pictures, R, C) as pictures; `started` is when it was taken in."""
-        drawn = time.perf_counter()
-        decoded = self.decode(codes) if order.keep is None else map(order.keep, self.decode(codes))
-        images = [
-            GeneratedImage(one, self.about(prompt, seed, how))
-            for one, prompt, seed, how in zip(
-                decoded, order.prompts, order.seeds, order.settings, strict=True
-            )
-        ]  # fmt: skip
-        ended = time.perf_counter()
-        seconds = {"prompt_and_codes": drawn - started, "pixels": ended - drawn, "total": ended - started}
-        return Generated(images=images, prompts=order.prompts, seeds=order.seeds, codes=codes, seconds=seconds)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raises PromptError for a prompt that is empty or too long; a call does so too."""
@@ -320,7 +321,7 @@ class MarsPipeline:
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Codes (B, R, C) to pictures."""
-        images = self.model.image_tokenizer.decode(codes)
+        images = self.model.image_tokenizer.decode(codes.to(self.model.transformer.device))
         pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(one) for one in pixels]
 
@@ -339,7 +340,7 @@ class MarsPipeline:
         """A picture to codes (R, C); it is fitted onto a white page of the model's size."""
         page = on_white_page(image, size=self.sizes[0])
         pixels = torch.from_numpy(np.asarray(page).copy()).permute(2, 0, 1)[None].float() / 255
-        return self.model.image_tokenizer.encode(pixels)[0]
+        return self.model.image_tokenizer.encode(pixels.to(self.model.transformer.device))[0].cpu()
 
     def caption(self, image: str | Path | Image.Image, *, language: str = "en", max_tokens: int = 48) -> str:
         """Says what a picture shows.

@@ -1,9 +1,12 @@
-"""Numbers of a request: its seeds, and the code grid of its size."""
+"""Numbers of a request: its seeds, and the code grid of its size; and whether a device can draw."""
 
 import secrets
 from collections.abc import Sequence
 
+import torch
+
 from mars.errors import RequestError
+from mars.model.precision import Precision, is_rounded
 
 
 def all_seeds(seed: int | Sequence[int] | None, *, prompts: int, n: int) -> list[int]:
@@ -45,3 +48,14 @@ def find_grid(
     if wanted not in sizes:
         raise RequestError(f"size must be one that the model was trained on ({trained}), got {wanted[0]}x{wanted[1]}")
     return wanted[1] // factor, wanted[0] // factor
+
+
+def check_device(device: str | torch.device, *, precision: Precision) -> None:
+    """Raises RequestError if PyTorch has no such device here, or weights of this precision must stay on the CPU."""
+    if is_rounded(precision):
+        raise RequestError(f"weights in {precision} stay on the CPU; open the model in fp32 or fp16")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).partition("\n")[0]
+        raise RequestError(f"the device must be one of PyTorch's here, got {device} ({said})") from None

@@ -16,12 +16,12 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from mars.errors import RequestError
+from mars.errors import MarsError, RequestError
 from mars.generation.scheduler import MAX_TOKENS, Event, Failed, Finished, RowDrawn, Scheduler
+from mars.pipeline.finishing import finish
 from mars.pipeline.orders import Generated, Order
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class Drawing:
     """The scheduler's, and which picture each is."""
     shown: list[int]
     """Previews of each picture so far."""
-    codes: dict[int, Tensor] = field(default_factory=dict)
-    """(R, C) of pictures that are done."""
+    found: dict[int, Finished] = field(default_factory=dict)
+    """Pictures that are done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,12 +138,15 @@ class Drawings:
                 self.cancel(drawing)
                 return [DrawingFailed(drawing=drawing, error=event.error)]
             case Finished():
-                drawing.codes[index] = event.codes
+                drawing.found[index] = event
                 del self._drawings[event.ticket]
-        if len(drawing.codes) < len(drawing.order.requests):
+        if len(drawing.found) < len(drawing.order.requests):
             return []
-        codes = torch.stack([drawing.codes[number] for number in range(len(drawing.codes))])
-        return [Drawn(drawing=drawing, generated=self.pipe.finish(drawing.order, codes, started=drawing.started))]
+        found = [drawing.found[number] for number in range(len(drawing.found))]
+        try:
+            return [Drawn(drawing=drawing, generated=finish(self.pipe, drawing.order, found, started=drawing.started))]
+        except MarsError as error:  # of a scorer; what else is drawn goes on
+            return [DrawingFailed(drawing=drawing, error=error)]
 
     def _preview(self, drawing: Drawing, index: int, codes_RC: Tensor) -> list[News]:
         """A preview of the first rows, if it is time for one."""

@@ -7,7 +7,7 @@ Letters: R rows, C columns of codes.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from mars.errors import RequestError
 from mars.generation.sampling import Sampling
 from mars.picture import on_white_page, open_picture
 from mars.pipeline.orders import DEFAULT_SAMPLING, Order, draw_order
+from mars.pipeline.scoring import Scorer
 
 if TYPE_CHECKING:
     from mars.pipeline import MarsPipeline
@@ -58,6 +59,7 @@ def edit_order(
     seed: int | Sequence[int] | None = None,
     negative_prompt: str = "",
     sampling: Sampling = DEFAULT_SAMPLING,
+    scorer: Scorer | None = None,
 ) -> Order:
     """Pictures to draw anew in part; arguments and errors are those of `MarsPipeline.edit`."""
     if sum(given is not None for given in (mask, margins, vary)) != 1:
@@ -66,10 +68,10 @@ def edit_order(
     opened = open_picture(Path(picture)) if isinstance(picture, str | Path) else picture
     order = draw_order(
         pipe, prompt, n=n, seed=seed, width=width, height=height, negative_prompt=negative_prompt, sampling=sampling,
-        empty=True,
+        scorer=scorer, empty=True,
     )  # fmt: skip
     hole: Image.Image | None = None
-    how: dict[str, Any] = {"negative_prompt": negative_prompt, **asdict(sampling)}
+    how: dict[str, Any] = dict(order.settings[0])
     if vary is not None:
         if not 0 < vary <= 1:
             raise RequestError(f"a share to vary must lie in 0..1 and be greater than 0, got {vary}")

@@ -18,6 +18,7 @@ from mars.generation.sampling import Sampling
 from mars.generation.scheduler import MAX_TOKENS
 from mars.picture import GeneratedImage, open_picture
 from mars.pipeline.checks import all_seeds, find_grid
+from mars.pipeline.scoring import Scorer, scorer_name
 from mars.pipeline.upscaling import UPSCALE_SAMPLING, check_low_codes, find_upscaling
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class Order:
     """What is written into the pictures."""
     keep: Callable[[Image.Image], Image.Image] | None = None
     """Puts pixels that are kept into a picture that was drawn."""
+    scorer: Scorer | None = None
+    """Who chooses among candidates; null for the model's own likelihood."""
 
     @property
     def tokens(self) -> int:
@@ -74,9 +77,12 @@ def draw_order(
     height: int | None = None,
     negative_prompt: str = "",
     sampling: Sampling = DEFAULT_SAMPLING,
+    scorer: Scorer | None = None,
     empty: bool = False,
 ) -> Order:
     """Pictures to draw; arguments and errors are those of `MarsPipeline.__call__`. `empty` allows empty prompts."""
+    if scorer is not None and sampling.candidates == 1:
+        raise RequestError("a scorer chooses among candidates, and there is 1; ask for more")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise PromptError("there must be at least one prompt, got none")
@@ -95,7 +101,11 @@ def draw_order(
         for text, number in zip(repeated, seeds, strict=True)
     ]
     settings = {"negative_prompt": negative_prompt, **asdict(sampling)}
-    return Order(prompts=repeated, seeds=seeds, requests=requests, settings=[settings] * len(seeds))
+    if scorer is not None:
+        settings["scorer"] = scorer_name(scorer)
+    return Order(
+        prompts=repeated, seeds=seeds, requests=requests, settings=[settings] * len(seeds), scorer=scorer
+    )  # fmt: skip
 
 
 def upscale_order(

@@ -14,6 +14,12 @@ from mars.errors import ModelError, PromptError
 
 CAPTION_HINTS = {"en": "English:", "zh": "中文："}
 """What a caption begins with, so that its language can be chosen; ours."""
+_CHINESE = re.compile("[\u4e00-\u9fff]")
+
+
+def caption_language(text: str) -> str:
+    """The hint that suits a text: Chinese if it has a Chinese character."""
+    return "zh" if _CHINESE.search(text) else "en"
 
 
 def _raise(message: str) -> NoReturn:

@@ -1,6 +1,5 @@
 """/v1/chat/completions: text by the base LLM, captions of pictures, and text with pictures inside."""
 
-import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -15,6 +14,7 @@ from mars.generation.sampling import Sampling
 from mars.pipeline import MarsPipeline
 from mars.pipeline.orders import DEFAULT_SAMPLING
 from mars.pipeline.writing import Painted, Piece, Said, Words, captioning, document, reply
+from mars.sequence.text import caption_language
 from mars.server import examples
 from mars.server.errors import ApiError, json_response
 from mars.server.hearing import EventStream, Hearing
@@ -26,7 +26,6 @@ from mars.server.worker import Ended
 MAX_TOKENS, CAPTION_TOKENS = 256, 48
 """Of an answer, and of a caption, where a request does not say."""
 MAX_IMAGES = 4
-_CHINESE = re.compile("[\u4e00-\u9fff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +142,7 @@ def _caption(
     if len(pictures) != 1:
         raise ApiError(400, f"a message must have one image to caption, got {len(pictures)}", param="messages")
     question = "".join(part for part in parts if isinstance(part, str))
-    language = asked.language or ("zh" if _CHINESE.search(question) else "en")
+    language = asked.language or caption_language(question)
 
     def pieces(pipe: MarsPipeline) -> Iterator[Piece]:
         yield from captioning(

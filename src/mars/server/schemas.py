@@ -29,6 +29,7 @@ class DrawFields(Asked):
     seed: int | None = Field(None, ge=0, lt=2**63, description="The same seed draws the same picture.")
     negative_prompt: Text | None = Field(None, description="What guidance moves away from.")
     guidance_scale: float | None = Field(None, ge=0, le=100, description="1 is no guidance.")
+    guidance_stop: float | None = Field(None, ge=0, le=1, description="Guide this share of the codes, from the first.")
     temperature: float | None = Field(None, ge=0, description="0 takes the likeliest code.")
     top_k: int | None = Field(None, ge=0, description="0 is all codes.")
     top_p: float | None = Field(None, gt=0, le=1)

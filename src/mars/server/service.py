@@ -91,8 +91,8 @@ class Service:
 def sampling_of(asked: Any, *, default: Sampling = DEFAULT_SAMPLING) -> Sampling:
     """The settings of a request in place of the default ones."""
     names = {
-        "guidance_scale": "guidance", "temperature": "temperature", "top_k": "top_k", "top_p": "top_p",
-        "candidates": "candidates",
+        "guidance_scale": "guidance", "guidance_stop": "guidance_stop", "temperature": "temperature",
+        "top_k": "top_k", "top_p": "top_p", "candidates": "candidates",
     }  # fmt: skip
     given = {ours: getattr(asked, theirs, None) for theirs, ours in names.items()}
     return replace(default, **{name: value for name, value in given.items() if value is not None})

@@ -4,7 +4,6 @@ import hashlib
 import hmac
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from importlib import import_module
 from pathlib import Path
 
 from PIL import Image
@@ -107,19 +106,3 @@ def read_keys(file: Path | None, *, environment: Mapping[str, str]) -> Keys:
     if not all(key.isascii() and key.isprintable() and " " not in key for key in found):
         raise ConfigError("an API key must be printable ASCII without spaces, as HTTP headers are; one is not")
     return Keys(found)
-
-
-def find_moderation(path: str) -> Moderation:
-    """The callable at `package.module:name`.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    module, _, name = path.partition(":")
-    try:
-        found: Moderation = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"moderation must be package.module:name of a callable, got {path} ({error})") from None
-    if not callable(found):
-        raise ConfigError(f"moderation must be package.module:name of a callable, got {path}, which cannot be called")
-    return found
