@@ -38,6 +38,7 @@ def serve(pipe: MarsPipeline, listening: socket.socket, settings: Settings) -> N
     config = uvicorn.Config(
         make_app(worker, settings), log_config=None, access_log=False, server_header=False, lifespan="off",
         timeout_graceful_shutdown=int(settings.limits.seconds + settings.limits.body_seconds) + 10, ws="none",
+        http="h11", loop="asyncio",  # whatever else is installed: strict, bounded, and what was tested
     )  # fmt: skip
     server = uvicorn.Server(config)
     for one in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises a signal again at its end: then it means nothing
