@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.hostile_requests import Hostile, hostile
-from benchmarks.server_process import Server, lines, server, slope
+from benchmarks.server_process import Server, idle, lines, server, slope
 
 SECONDS = 60.0
 """For one answer."""
@@ -87,16 +86,6 @@ def fuzz(port: int, numbers: range, *, seed: int, threads: int, found: Found) ->
                 found.failures.append(f"request {number} ({request.kind}): {status} for {start!r}")
 
 
-def idle(ask: Callable[[str], tuple[int, bytes]], *, seconds: float = 60.0) -> bool:
-    """Whether the queue is empty before long."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if b"\nmars_queue 0.0" in ask("/metrics")[1]:
-            return True
-        time.sleep(0.05)
-    return False
-
-
 def run(found: Found, running: Server, *, requests: int, seed: int, threads: int, steps: int = 40) -> None:
     """The whole of it, on a server of one's own."""
     wanted = running.draw()
@@ -106,7 +95,7 @@ def run(found: Found, running: Server, *, requests: int, seed: int, threads: int
         if not running.alive:
             found.failures.append(f"the server ended after request {begin} to {begin + step}")
             return
-        if not idle(running.ask):
+        if not idle(running.port):
             found.failures.append(f"the queue is not empty after request {begin + step}")
         if running.draw() != wanted:
             found.failures.append(f"another picture after request {begin + step}")

@@ -79,9 +79,23 @@ def ask(port: int, path: str, body: Any = None, *, timeout: float = 300.0) -> tu
 
 def digest(answer: bytes) -> str:
     """Of the pixels of the first picture in an answer."""
-    picture = base64.b64decode(json.loads(answer)["data"][0]["b64_json"])
+    return pixels(base64.b64decode(json.loads(answer)["data"][0]["b64_json"]))
+
+
+def pixels(picture: bytes) -> str:
+    """The digest of a file's pixels."""
     with Image.open(io.BytesIO(picture)) as image:
         return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
+
+
+def idle(port: int, *, seconds: float = 60.0) -> bool:
+    """Whether a server's queue is empty before long."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if b"\nmars_queue 0.0" in ask(port, "/metrics")[1]:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 @contextmanager
