@@ -1,9 +1,10 @@
 """Many clients at once on a server: every accepted request is answered right, the rest are refused, nothing leaks.
 
     python -m benchmarks.serve_load [--seconds 300] [--clients 50] [--model FOLDER] [--out FILE.json] [-- OPTIONS]
+    python -m benchmarks.serve_load --kill-every 20 -- --engine ray --replicas 2
 
 A third of the requests hang up midway, a third are streams with previews, and every ten seconds a burst asks for more
-than the queue holds. A picture must be the one that its prompt and seed give alone. OPTIONS are those of `mars serve`.
+than the queue holds. A picture must be the one that its prompt and seed give alone. OPTIONS are those of `mars serve`; with Ray, replicas can be ended by `kill -9` all the while, and no request be lost.
 At the end SIGTERM is sent while all clients ask: what was accepted must be finished, and the exit code be 0.
 """
 
@@ -12,7 +13,9 @@ import base64
 import http.client
 import json
 import math
+import os
 import random
+import signal
 import sys
 import tempfile
 import threading
@@ -25,7 +28,7 @@ from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
-from benchmarks.server_process import Server, digest, idle, lines, pixels, server, slope
+from benchmarks.server_process import Server, digest, idle, lines, pixels, replicas, server, slope
 
 PROMPTS = ("red apple", "红苹果", "slice of pizza", "a blue boat")
 SEEDS = 6
@@ -134,13 +137,23 @@ class Load:
             for one in asking:
                 one.join()
 
-    def run(self, *, seconds: float, clients: int) -> None:
+    def kill_replicas(self, every: float) -> None:
+        """Ends one after the other, until the end."""
+        dice = random.Random(0)
+        while not self.ending.wait(every):
+            if found := replicas(self.running.process.pid):
+                os.kill(dice.choice(found), signal.SIGKILL)
+                self.outcome.counts["killed"] += 1
+
+    def run(self, *, seconds: float, clients: int, kill_every: float | None = None) -> None:
         """All of it, until the queue is empty again."""
         began = time.monotonic()
         until = began + seconds
         with self.clients(clients):
             due = time.monotonic() + min(BURST_EVERY, seconds / 3)
             bursts: list[threading.Thread] = []
+            if kill_every:
+                threading.Thread(target=self.kill_replicas, args=(kill_every,)).start()
             while time.monotonic() < until:
                 time.sleep(1)
                 self.outcome.memory.append(self.running.memory)
@@ -171,7 +184,7 @@ def _streamed(content: bytes) -> str:
     """The digest of the picture that a stream ends with, or what went wrong."""
     told = [json.loads(line[6:]) for line in content.decode().splitlines() if line.startswith("data: ")]
     kinds = [one.get("type", "error").rpartition(".")[2] for one in told]
-    if kinds != ["partial_image", "partial_image", "completed"]:
+    if kinds[-1:] != ["completed"] or set(kinds[:-1]) - {"partial_image"}:
         return f"a stream of {kinds}"
     return pixels(base64.b64decode(told[-1]["b64_json"]))
 
@@ -209,13 +222,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--model", help="default: the one that is shipped")
     parser.add_argument("--out", type=Path, help="a JSON file with the figures")
+    parser.add_argument("--kill-every", type=float, help="seconds, with Ray")
     parser.add_argument("options", nargs="*", help="of mars serve, after --")
     asked = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
         with server(log, *(["--model", asked.model] if asked.model else []), *asked.options) as running:
             load = Load(running)
-            load.run(seconds=asked.seconds, clients=asked.clients)
+            load.run(seconds=asked.seconds, clients=asked.clients, kill_every=asked.kill_every)
             found = figures(load, clients=asked.clients)
             load.end(clients=asked.clients)
         check_log(load, log)

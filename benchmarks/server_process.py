@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import linear_regression
 from typing import Any
@@ -55,6 +55,29 @@ class Server:
         """Asks it to end; its exit code."""
         self.process.send_signal(ending)
         return self.process.wait(timeout)
+
+
+def replicas(pid: int) -> list[int]:
+    """Processes of Ray Serve that draw, among all that came of a process."""
+    parents: dict[int, int] = {}
+    for found in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(found.parent.name)] = int(found.read_text("ascii", "replace").rpartition(")")[2].split()[1])
+    return [one for one in parents if pid in _ancestors(one, parents) and _named(one, b"ray::ServeReplica")]
+
+
+def _ancestors(pid: int, parents: dict[int, int]) -> set[int]:
+    found: set[int] = set()
+    while pid in parents and pid not in found:
+        found.add(pid)
+        pid = parents[pid]
+    return found
+
+
+def _named(pid: int, name: bytes) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(name)
+    return False
 
 
 def held(pid: int) -> int:

@@ -1,6 +1,7 @@
 """`mars serve`: the OpenAI API over HTTP."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,13 @@ def serve(
         str | None, typer.Option(help="package.module:name of what looks at prompts and pictures.")
     ] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
+    engine: Annotated[
+        str, typer.Option(help="Who draws: this process (local), or replicas by Ray Serve (ray), see RAY_ADDRESS.")
+    ] = "local",
+    replicas: Annotated[int | None, typer.Option(help="With Ray: at least so many, a core each.", min=1)] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(help="With Ray: up to so many, while much is asked for.", min=1)
+    ] = None,
     model: Model = None,
     lora: Lora = None,
     lora_scale: LoraScale = 1.0,
@@ -32,12 +40,19 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Answer HTTP requests as the OpenAI API does: pictures, edits, variations and chats."""
-    from mars.server.serve import bind
+    from mars.errors import RequestError
+    from mars.server.ray_engine import ray_worker
+    from mars.server.serve import answer, bind
     from mars.server.serve import serve as run
     from mars.server.settings import Limits, Settings, find_moderation, read_keys
 
+    if engine not in ("local", "ray"):
+        raise RequestError(f"the engine must be local or ray, got {engine}")
+    if engine == "local" and (replicas or max_replicas):
+        raise RequestError("replicas are for --engine ray; leave them out, or choose it")
     limits = Limits(
-        body=max_body, pixels=max_pixels, prompt=max_prompt, images=max_n, queue=queue, seconds=timeout
+        body=max_body, pixels=max_pixels, prompt=max_prompt, images=max_n, queue=queue, seconds=timeout,
+        requests=max(Limits.requests, 2 * queue),
     )  # fmt: skip
     settings = Settings(
         limits=limits,
@@ -48,4 +63,12 @@ def serve(
     listening = bind(host, port)
     if not settings.keys and not host.startswith("127.") and host not in ("localhost", "::1"):
         say("mars: anybody who reaches this server may use it; give API keys with --api-keys")
-    run(open_pipeline(model, precision=precision, lora=lora, lora_scale=lora_scale), listening, settings)
+    if model is not None and Path(model).exists():
+        model = str(Path(model).resolve())  # replicas have other working folders
+    opening = partial(open_pipeline, model, precision=precision, lora=lora and lora.resolve(), lora_scale=lora_scale)
+    if engine == "local":
+        run(opening(), listening, settings)
+        return
+    at_least = replicas or 1
+    with ray_worker(opening, queue=queue, replicas=at_least, max_replicas=max(max_replicas or 1, at_least)) as worker:
+        answer(worker, listening, settings)

@@ -23,13 +23,13 @@ from mars.server.guard import Guard
 from mars.server.metrics import Metrics
 from mars.server.service import Service
 from mars.server.settings import Settings
-from mars.server.worker import Worker
+from mars.server.worker import Intake
 
 ABOUT = """The OpenAI API on a MARS model. Fields that OpenAI has not: `seed`, `negative_prompt`, `guidance_scale`,
 `temperature`, `top_k`, `top_p`, `candidates` (in the official client: `extra_body`)."""
 
 
-def make_app(worker: Worker, settings: Settings) -> FastAPI:
+def make_app(worker: Intake, settings: Settings) -> FastAPI:
     """The app of a worker, which it does not start or end."""
     metrics = Metrics(worker)
     service = Service(worker, settings, metrics)
