@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.hostile_requests import Hostile, hostile
 from benchmarks.server_process import Server, idle, lines, server, slope
 
-SECONDS = 60.0
+SECONDS = 300.0
 """For one answer."""
 SLOPE = 2000.0
 """Bytes a request by which a server may seem to grow: rooms that the allocator keeps, not a leak."""
@@ -40,7 +40,7 @@ class Found:
 
 
 def send(port: int, request: Hostile) -> str:
-    """A status, `closed`, `unread` or `silent`: no answer within a minute."""
+    """A status, `closed`, `unread` or `silent`: no answer within five minutes."""
     with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as connection:
         try:
             for part in request.parts:

@@ -4,8 +4,9 @@
     python -m benchmarks.serve_load --kill-every 20 -- --engine ray --replicas 2
 
 A third of the requests hang up midway, a third are streams with previews, and every ten seconds a burst asks for more
-than the queue holds. A picture must be the one that its prompt and seed give alone. OPTIONS are those of `mars serve`; with Ray, replicas can be ended by `kill -9` all the while, and no request be lost.
-At the end SIGTERM is sent while all clients ask: what was accepted must be finished, and the exit code be 0.
+than the queue holds. A picture must be the one that its prompt and seed give alone. OPTIONS are those of `mars serve`;
+with Ray, a replica can be ended by `kill -9` again and again, and no request may be lost. At the end SIGTERM is sent
+while all clients ask: what was accepted must be finished, and the exit code be 0.
 """
 
 import argparse

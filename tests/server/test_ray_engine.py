@@ -93,7 +93,7 @@ def written(pipe: MarsPipeline) -> Iterator[Words]:
 def test_what_a_replica_had_in_hand_is_done_again_and_nothing_is_told_twice(replica: Replica) -> None:
     wanted = heard(replica, drawn, deaths=[])[-1]
     assert isinstance(wanted, Drawn)
-    for deaths in ([0], [1], [2], [3], [1, 1]):
+    for deaths in ([0], [1], [2], [1, 3]):
         found = heard(replica, drawn, deaths=deaths)
         assert [type(one) for one in found] == [Begun, Preview, Preview, Drawn]
         assert {(one.picture, one.number) for one in found if isinstance(one, Preview)} == {(0, 0), (1, 0)}
@@ -102,7 +102,7 @@ def test_what_a_replica_had_in_hand_is_done_again_and_nothing_is_told_twice(repl
         assert found[-1].generated.images[0].info == wanted.generated.images[0].info
     words = heard(replica, written, deaths=[])
     assert sum(isinstance(one, Words) for one in words) > 3
-    for number in range(len(words)):
+    for number in (1, 2, len(words) - 1):
         assert heard(replica, written, deaths=[number]) == words
 
 

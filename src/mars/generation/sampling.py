@@ -61,10 +61,11 @@ class Sampler:
     def restrict(self, logits_BV: Tensor) -> Tensor:
         """Logits with what top-k and top-p drop at minus infinity."""
         if self.top_k:
-            rows, counts = zip(*self.top_k, strict=True)
-            few = torch.tensor(counts, device=self.device).clamp(max=logits_BV.shape[1])
+            rows, asked = zip(*self.top_k, strict=True)
+            counts = [min(count, logits_BV.shape[1]) for count in asked]  # before torch, which knows 64 bits
+            few = torch.tensor(counts, device=self.device)
             chosen = logits_BV[list(rows)]
-            least = chosen.topk(min(max(counts), logits_BV.shape[1])).values.gather(1, few[:, None] - 1)
+            least = chosen.topk(max(counts)).values.gather(1, few[:, None] - 1)
             logits_BV = logits_BV.clone()
             logits_BV[list(rows)] = chosen.masked_fill(chosen < least, -torch.inf)
         if self.top_p:
