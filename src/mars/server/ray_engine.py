@@ -208,30 +208,42 @@ def ray_worker(
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        import ray
         from ray import serve
     except ImportError:
         raise RequestError("the engine `ray` needs Ray Serve; install it: pip install 'mars-t2i[ray]'") from None
-    cluster = os.environ.get("RAY_ADDRESS")
-    cores = None if cluster else max(max_replicas, os.cpu_count() or 1)
-    try:
-        ray.init(
-            num_cpus=cores, include_dashboard=False if not cluster else None, log_to_driver=False,
-            logging_level=logging.ERROR, namespace="serve",
-        )  # fmt: skip
+    with _cluster(max(max_replicas, os.cpu_count() or 1)):
         try:
-            logging.getLogger("ray.serve").setLevel(logging.ERROR)
             serve.start(proxy_location="Disabled")
             handle = serve.run(_application(opening, replicas, max_replicas), name=APP, route_prefix=None)
+        except RuntimeError as error:
+            raise RequestError(f"Ray could not start replicas: {' '.join(str(error).split())[:300]}") from error
+        try:
             about = handle.about.remote().result()
             if isinstance(about, str):
                 raise RequestError(about)
             yield RayWorker(handle, MarsPipeline(about), queue=queue)
-            serve.delete(APP)
         finally:
-            ray.shutdown()
-    except (ConnectionError, RuntimeError) as error:  # Ray has no class for a cluster that is not there
-        raise RequestError(f"Ray could not serve: {' '.join(str(error).split())[:300]}") from error
+            serve.delete(APP)
+
+
+@contextmanager
+def _cluster(cores: int) -> Iterator[None]:
+    """Ray, on a cluster that is there or on this machine with so many cores to hand out."""
+    import ray
+
+    ours = "RAY_ADDRESS" not in os.environ
+    try:
+        ray.init(
+            num_cpus=cores if ours else None, include_dashboard=False if ours else None, log_to_driver=False,
+            logging_level=logging.ERROR,
+        )  # fmt: skip
+    except Exception as error:  # Ray has no class for a cluster that does not start
+        raise RequestError(f"Ray could not be reached or started: {' '.join(str(error).split())[:300]}") from error
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _application(opening: Callable[[], MarsPipeline], replicas: int, max_replicas: int) -> Any:
