@@ -139,10 +139,11 @@ class Load:
                 one.join()
 
     def kill_replicas(self, every: float) -> None:
-        """Ends one after the other, until the end."""
+        """Ends one after the other, until the end; the last one only once another is there."""
         dice = random.Random(0)
         while not self.ending.wait(every):
-            if found := replicas(self.running.process.pid):
+            found = replicas(self.running.process.pid)
+            if len(found) > 1:
                 os.kill(dice.choice(found), signal.SIGKILL)
                 self.outcome.counts["killed"] += 1
 

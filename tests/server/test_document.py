@@ -29,7 +29,7 @@ def explore(url: str, *, examples: int) -> Counter[str]:
     """How often each operation answered with each status; raises where an answer is not what the document says."""
     seen: Counter[str] = Counter()
     for result in from_url(f"{url}/openapi.json").get_all_operations():
-        operation = result.ok()  # type: ignore[attr-defined]
+        operation = result.ok()  # type: ignore[union-attr]
         made = st.one_of(*(operation.as_strategy(generation_mode=mode) for mode in GenerationMode))
 
         def ask(case: Any) -> None:

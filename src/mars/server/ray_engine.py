@@ -35,8 +35,8 @@ ONGOING = 16
 """Requests that a replica has in hand: a batch and what comes next. Others wait where any replica can take them."""
 TARGET = 8
 """Requests in hand of a replica that autoscaling aims at."""
-ATTEMPTS = 3
-"""Replicas that may die of one request, lest it ends them all."""
+ATTEMPTS = 5
+"""Replicas that may die with one request in hand, lest it ends them one after the other for ever."""
 
 
 class Replica:
@@ -178,6 +178,7 @@ class RayWorker(Intake):
                 stream.cancel()
                 raise
             except (ActorDiedError, ActorUnavailableError) as error:
+                stream.cancel()  # one that only cannot be reached need not go on
                 reason = " ".join(str(error).split())[:300]
                 LOG.warning("replica lost", extra={"fields": {"attempt": attempt, "reason": reason}})
         raise ApiError(503, f"{ATTEMPTS} replicas ended while they did this; ask for something else")
@@ -257,7 +258,7 @@ def _application(opening: Callable[[], MarsPipeline], replicas: int, max_replica
                 "min_replicas": replicas, "max_replicas": max_replicas, "target_ongoing_requests": TARGET,
             }
         }  # fmt: skip
-    made = serve.deployment(
+    made: Any = serve.deployment(
         Replica, name="Replica", max_ongoing_requests=ONGOING, ray_actor_options={"num_cpus": 1},
         health_check_period_s=5, max_constructor_retry_count=3, logging_config={"log_level": "ERROR"}, **scale,
     )  # fmt: skip
