@@ -1,13 +1,19 @@
 """`mars serve`: the OpenAI API over HTTP."""
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from socket import socket
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mars.cli.options import Debug, Lora, LoraScale, Model, Precision, open_pipeline, say
+
+if TYPE_CHECKING:
+    from mars.pipeline import MarsPipeline
+    from mars.server.settings import Settings
 
 
 def serve(
@@ -40,16 +46,10 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Answer HTTP requests as the OpenAI API does: pictures, edits, variations and chats."""
-    from mars.errors import RequestError
-    from mars.server.ray_engine import ray_worker
-    from mars.server.serve import answer, bind
-    from mars.server.serve import serve as run
+    from mars.server.serve import bind
     from mars.server.settings import Limits, Settings, find_moderation, read_keys
 
-    if engine not in ("local", "ray"):
-        raise RequestError(f"the engine must be local or ray, got {engine}")
-    if engine == "local" and (replicas or max_replicas):
-        raise RequestError("replicas are for --engine ray; leave them out, or choose it")
+    _check_engine(engine, replicas, max_replicas)
     limits = Limits(
         body=max_body, pixels=max_pixels, prompt=max_prompt, images=max_n, queue=queue, seconds=timeout,
         requests=max(Limits.requests, 2 * queue),
@@ -66,9 +66,36 @@ def serve(
     if model is not None and Path(model).exists():
         model = str(Path(model).resolve())  # replicas have other working folders
     opening = partial(open_pipeline, model, precision=precision, lora=lora and lora.resolve(), lora_scale=lora_scale)
+    _run(opening, listening, settings, engine=engine, replicas=replicas or 1, max_replicas=max_replicas or 1)
+
+
+def _check_engine(engine: str, replicas: int | None, max_replicas: int | None) -> None:
+    from mars.errors import RequestError
+
+    if engine not in ("local", "ray"):
+        raise RequestError(f"the engine must be local or ray, got {engine}")
+    if engine == "local" and (replicas or max_replicas):
+        raise RequestError("replicas are for --engine ray; leave them out, or choose it")
+    if max_replicas and max_replicas < (replicas or 1):
+        raise RequestError(f"max-replicas must be at least replicas ({replicas or 1}), got {max_replicas}")
+
+
+def _run(
+    opening: "Callable[[], MarsPipeline]",
+    listening: socket,
+    settings: "Settings",
+    *,
+    engine: str,
+    replicas: int,
+    max_replicas: int,
+) -> None:
+    from mars.server.serve import answer, serve
+
     if engine == "local":
-        run(opening(), listening, settings)
+        serve(opening(), listening, settings)
         return
-    at_least = replicas or 1
-    with ray_worker(opening, queue=queue, replicas=at_least, max_replicas=max(max_replicas or 1, at_least)) as worker:
+    from mars.server.ray_engine import ray_worker
+
+    queue = settings.limits.queue
+    with ray_worker(opening, queue=queue, replicas=replicas, max_replicas=max(replicas, max_replicas)) as worker:
         answer(worker, listening, settings)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -65,7 +65,7 @@ class Replica:
 
     async def work(
         self, begin: Callable[[MarsPipeline], Order | Iterator[Piece]], previews: int
-    ) -> AsyncIterator[News]:
+    ) -> AsyncGenerator[News, None]:
         """All news of a request; who hears no more of them has it forgotten."""
         job = self.worker.submit(begin, previews=previews)
         try:
@@ -184,12 +184,12 @@ class RayWorker(Intake):
         raise ApiError(503, f"{ATTEMPTS} replicas ended while they did this; ask for something else")
 
     async def _count_rows(self) -> None:
-        """Asks replicas for their rows, while there is anything to do."""
-        while self._tasks:
+        """Asks replicas for their rows, while there is anything to do, or one of them still draws."""
+        while self._tasks or self.rows:
             with suppress(Exception):  # one that dies; figures must not end what is drawn
                 self.rows = sum(await self._handle.broadcast("rows").results_async(timeout_s=5))
             await asyncio.sleep(1)
-        self.rows, self._counting = 0, None
+        self._counting = None
 
 
 @contextmanager
