@@ -1,8 +1,9 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mars.cli import main
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.mark.parametrize(
@@ -17,12 +18,8 @@ from mars.cli import main
         (["--max-n", "100"], "the queue must hold the pictures of one request (100), got 64"),
     ],
 )
-def test_options_that_do_not_fit_are_one_line(
-    options: list[str], message: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["serve", "--port", "0", "--model", str(tiny_model), *options])
-    assert ended.value.code == 1
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
+def test_options_that_do_not_fit_are_one_line(run: Run, tiny_model: Path, options: list[str], message: str) -> None:
+    code, _, err = run("serve", "--port", "0", "--model", tiny_model, *options)
+    assert code == 1
+    assert message in err
+    assert err.count("\n") == 1
