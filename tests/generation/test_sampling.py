@@ -67,7 +67,7 @@ def test_every_row_is_restricted_as_if_it_were_alone() -> None:
     logits = torch.randn(6, 40)
     samplings = [
         Sampling(top_k=3), Sampling(), Sampling(top_p=0.4, temperature=2.0), Sampling(top_k=9, top_p=0.5),
-        Sampling(top_k=100), Sampling(top_p=0.2, temperature=0),
+        Sampling(top_k=2**64), Sampling(top_p=0.2, temperature=0),
     ]  # fmt: skip
     together = restrict(logits, *samplings)
     for row, sampling in enumerate(samplings):

@@ -1,3 +1,4 @@
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,12 @@ def test_smollm2_gives_the_ids_of_transformers(tmp_path: Path) -> None:
         user, chat_template=llm.tokenizer_config["chat_template"], add_generation_prompt=True, tokenize=False
     )
     assert text.apply_chat("hi 猫") == oracle.encode(rendered, add_special_tokens=False)
+
+
+def test_a_pickled_tokenizer_is_the_same(path: Path) -> None:
+    tokenizer = TextTokenizer(path, config=CONFIG)
+    text = "hello <|im_end|> 你好"
+    chat = tokenizer.apply_chat(text)
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again.encode(text) == tokenizer.encode(text)
+    assert again.apply_chat(text) == chat

@@ -171,6 +171,7 @@ def test_chats_that_cannot_be_are_refused(client: OpenAI) -> None:
         (twice, {}, "one image to caption, got 2"),
         (shown(image, ""), {"extra_body": {"modalities": ["image", "text"]}}, "a text to begin with"),
         ([{"role": "user", "content": "x"}], {"n": 2}, "n: "),
+        ([{"role": "user", "content": "x"}], {"seed": False}, "seed: Value error, must not be true or false"),
     ]  # fmt: skip
     for messages, options, message in cases:
         with pytest.raises(openai.BadRequestError) as caught:

@@ -148,6 +148,7 @@ REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": "x", "background": "transparent"}, "background", "opaque"),
     ({"prompt": "x", "candidates": 65}, None, "candidates must lie in 1..64"),
     ({"prompt": "x", "guidance_scale": float("nan")}, "guidance_scale", "finite"),
+    ({"prompt": "x", "top_k": -1}, "top_k", "greater"),
     ({"prompt": "x", "temperature": 1e999}, "temperature", "finite"),
     ({"prompt": "x", "\ud800": 1}, None, "a JSON object"),
     ({"prompt": "x", "steps": 20}, "steps", "unknown parameter: steps"),

@@ -1,12 +1,19 @@
 """`mars serve`: the OpenAI API over HTTP."""
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from socket import socket
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mars.cli.options import Debug, Lora, LoraScale, Model, Precision, open_pipeline, say
+
+if TYPE_CHECKING:
+    from mars.pipeline import MarsPipeline
+    from mars.server.settings import Settings
 
 
 def serve(
@@ -25,6 +32,13 @@ def serve(
         str | None, typer.Option(help="package.module:name of what looks at prompts and pictures.")
     ] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
+    engine: Annotated[
+        str, typer.Option(help="Who draws: this process (local), or replicas by Ray Serve (ray), see RAY_ADDRESS.")
+    ] = "local",
+    replicas: Annotated[int | None, typer.Option(help="With Ray: at least so many, a core each.", min=1)] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(help="With Ray: up to so many, while much is asked for.", min=1)
+    ] = None,
     model: Model = None,
     lora: Lora = None,
     lora_scale: LoraScale = 1.0,
@@ -34,11 +48,12 @@ def serve(
     """Answer HTTP requests as the OpenAI API does: pictures, edits, variations and chats."""
     from mars.config import find_callable
     from mars.server.serve import bind
-    from mars.server.serve import serve as run
     from mars.server.settings import Limits, Settings, read_keys
 
+    _check_engine(engine, replicas, max_replicas)
     limits = Limits(
-        body=max_body, pixels=max_pixels, prompt=max_prompt, images=max_n, queue=queue, seconds=timeout
+        body=max_body, pixels=max_pixels, prompt=max_prompt, images=max_n, queue=queue, seconds=timeout,
+        requests=max(Limits.requests, 2 * queue),
     )  # fmt: skip
     settings = Settings(
         limits=limits,
@@ -49,4 +64,39 @@ def serve(
     listening = bind(host, port)
     if not settings.keys and not host.startswith("127.") and host not in ("localhost", "::1"):
         say("mars: anybody who reaches this server may use it; give API keys with --api-keys")
-    run(open_pipeline(model, precision=precision, lora=lora, lora_scale=lora_scale), listening, settings)
+    if model is not None and Path(model).exists():
+        model = str(Path(model).resolve())  # replicas have other working folders
+    opening = partial(open_pipeline, model, precision=precision, lora=lora and lora.resolve(), lora_scale=lora_scale)
+    _run(opening, listening, settings, engine=engine, replicas=replicas or 1, max_replicas=max_replicas or 1)
+
+
+def _check_engine(engine: str, replicas: int | None, max_replicas: int | None) -> None:
+    from mars.errors import RequestError
+
+    if engine not in ("local", "ray"):
+        raise RequestError(f"the engine must be local or ray, got {engine}")
+    if engine == "local" and (replicas or max_replicas):
+        raise RequestError("replicas are for --engine ray; leave them out, or choose it")
+    if max_replicas and max_replicas < (replicas or 1):
+        raise RequestError(f"max-replicas must be at least replicas ({replicas or 1}), got {max_replicas}")
+
+
+def _run(
+    opening: "Callable[[], MarsPipeline]",
+    listening: socket,
+    settings: "Settings",
+    *,
+    engine: str,
+    replicas: int,
+    max_replicas: int,
+) -> None:
+    from mars.server.serve import answer, serve
+
+    if engine == "local":
+        serve(opening(), listening, settings)
+        return
+    from mars.server.ray_engine import ray_worker
+
+    queue = settings.limits.queue
+    with ray_worker(opening, queue=queue, replicas=replicas, max_replicas=max(replicas, max_replicas)) as worker:
+        answer(worker, listening, settings)

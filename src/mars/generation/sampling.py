@@ -62,8 +62,9 @@ class Sampler:
         """Whether any row needs noise."""
         temperatures = [one.temperature or 1.0 for one in samplings]
         self.temperatures_B1 = torch.tensor(temperatures, dtype=torch.float64, device=device)[:, None]
-        self.top_k = _chosen([one.top_k for one in samplings], rest=0, device=device)
-        self.most = max(one.top_k for one in samplings)
+        top_k = [min(one.top_k, 2**31) for one in samplings]  # any number may be asked for; torch knows 64 bits
+        self.top_k = _chosen(top_k, rest=0, device=device)
+        self.most = max(top_k)
         self.top_p = _chosen([one.top_p for one in samplings], rest=1, device=device)
         cold = [row for row, one in enumerate(samplings) if not one.temperature]
         self.cold = torch.tensor(cold, dtype=torch.long, device=device)

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -55,12 +55,16 @@ class TextTokenizer:
         special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
         self._specials = re.compile("|".join(map(re.escape, special)) or "(?!)")
         self._template_source: str | None = config.get("chat_template")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise
-        try:
-            self._template = environment.from_string(self._template_source or "")
-        except TemplateError as error:
-            raise ModelError(f"{path}: the chat template must be valid Jinja, got: {error}") from error
+        self._template = self._compile()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what cannot be pickled; it is made again from the rest."""
+        return {name: value for name, value in vars(self).items() if name not in ("_template", "_chat_tokenizer")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._tokenizer.encode_special_tokens = True  # which is not kept
+        self._template = self._compile()
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without control tokens; PromptError when it is not valid Unicode."""
@@ -95,6 +99,14 @@ class TextTokenizer:
             raise ModelError(f"{self._path}: the chat template cannot be applied: {error}") from error
         pieces = (self._chat_tokenizer.encode(piece, add_special_tokens=False).ids for piece in rendered.split(mark))
         return [number for ids in pieces for number in ids]
+
+    def _compile(self) -> Template:
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _raise
+        try:
+            return environment.from_string(self._template_source or "")
+        except TemplateError as error:
+            raise ModelError(f"{self._path}: the chat template must be valid Jinja, got: {error}") from error
 
     def _load(self) -> Tokenizer:
         try:

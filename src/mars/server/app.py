@@ -1,10 +1,7 @@
 """The app: endpoints, handlers of errors, and what every request passes."""
 
-from typing import Any
-
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.utils import get_openapi
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -12,6 +9,7 @@ from starlette.responses import Response
 import mars
 from mars.errors import MarsError
 from mars.server import chat, images
+from mars.server.document import document
 from mars.server.errors import (
     ApiError,
     ClientGoneError,
@@ -25,13 +23,13 @@ from mars.server.guard import Guard
 from mars.server.metrics import Metrics
 from mars.server.service import Service
 from mars.server.settings import Settings
-from mars.server.worker import Worker
+from mars.server.worker import Intake
 
 ABOUT = """The OpenAI API on a MARS model. Fields that OpenAI has not: `seed`, `negative_prompt`, `guidance_scale`,
 `temperature`, `top_k`, `top_p`, `candidates` (in the official client: `extra_body`)."""
 
 
-def make_app(worker: Worker, settings: Settings) -> FastAPI:
+def make_app(worker: Intake, settings: Settings) -> FastAPI:
     """The app of a worker, which it does not start or end."""
     metrics = Metrics(worker)
     service = Service(worker, settings, metrics)
@@ -47,7 +45,7 @@ def make_app(worker: Worker, settings: Settings) -> FastAPI:
     app.add_exception_handler(MarsError, answer_mars)
     app.add_exception_handler(ClientGoneError, answer_gone)
     app.add_middleware(Guard, settings=settings, metrics=metrics)
-    app.openapi = lambda: _openapi(app, with_keys=bool(settings.keys))  # type: ignore[method-assign]
+    app.openapi = lambda: document(app, service)  # type: ignore[method-assign]
     return app
 
 
@@ -87,18 +85,3 @@ def _add_health(app: FastAPI, service: Service) -> None:
     async def figures() -> Response:
         """Figures for Prometheus."""
         return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-
-def _openapi(app: FastAPI, *, with_keys: bool) -> dict[str, Any]:
-    """FastAPI's document without its 422, which is never sent, and with keys where they are asked for."""
-    if app.openapi_schema is None:
-        found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        for path, methods in found["paths"].items():
-            for method in methods.values():
-                method["responses"].pop("422", None)
-                if with_keys and path.startswith("/v1/"):
-                    method["security"] = [{"key": []}]
-        if with_keys:
-            found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        app.openapi_schema = found
-    return app.openapi_schema

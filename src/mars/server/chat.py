@@ -1,5 +1,6 @@
 """/v1/chat/completions: text by the base LLM, captions of pictures, and text with pictures inside."""
 
+import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -157,13 +158,14 @@ def _joint(
 ) -> Callable[[MarsPipeline], Iterator[Piece]]:
     """All messages are one document, with which the model goes on."""
     given: list[Said] = [part for part in parts if part != ""]
+    seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed  # here: it may be done twice, alike
     drawing = DEFAULT_SAMPLING
     if asked.guidance_scale is not None:
         drawing = replace(drawing, guidance=asked.guidance_scale)
 
     def pieces(pipe: MarsPipeline) -> Iterator[Piece]:
         yield from document(
-            pipe, given, max_tokens=max_tokens, max_images=max_images, seed=asked.seed, writing=writing,
+            pipe, given, max_tokens=max_tokens, max_images=max_images, seed=seed, writing=writing,
             drawing=drawing, previews=False,
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ from mars.pipeline.orders import Order
 from mars.pipeline.writing import Piece
 from mars.server.errors import ApiError, ClientGoneError, refusal
 from mars.server.guard import LOG
-from mars.server.worker import Gone, News, Refused, Worker
+from mars.server.worker import Gone, Intake, News, Refused
 
 
 class Hearing:
@@ -28,7 +28,7 @@ class Hearing:
 
     def __init__(
         self,
-        worker: Worker,
+        worker: Intake,
         begin: Callable[[MarsPipeline], Order | Iterator[Piece]],
         *,
         request: Request,

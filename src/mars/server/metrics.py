@@ -2,7 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from mars.server.worker import Worker
+from mars.server.worker import Intake
 
 BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -10,7 +10,7 @@ BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 class Metrics:
     """Of one server, in a registry of its own."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Intake) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "mars_requests", "Requests that were answered; 499 is a client that hung up.", ["path", "status"],

@@ -17,7 +17,18 @@ class Asked(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
-class DrawFields(Asked):
+class WithNumbers(Asked):
+    """A request whose numbers may not be true or false."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_is_a_number(cls, value: object, info: object) -> object:
+        if isinstance(value, bool) and getattr(info, "field_name", "") != "stream":
+            raise ValueError("must not be true or false")
+        return value
+
+
+class DrawFields(WithNumbers):
     """What all requests for pictures share."""
 
     model: str | None = Field(None, description="The id that /v1/models tells; default: the only one.")
@@ -34,13 +45,6 @@ class DrawFields(Asked):
     top_k: int | None = Field(None, ge=0, description="0 is all codes.")
     top_p: float | None = Field(None, gt=0, le=1)
     candidates: int | None = Field(None, ge=1, description="Draw so many, keep what the model finds likeliest.")
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_boolean_is_a_number(cls, value: object, info: object) -> object:
-        if isinstance(value, bool) and getattr(info, "field_name", "") != "stream":
-            raise ValueError("must not be true or false")
-        return value
 
 
 class StreamFields(DrawFields):
@@ -95,7 +99,10 @@ class TextContent(Asked):
 class ImageUrl(Asked):
     """Where an image is."""
 
-    url: str = Field(description="A data URL; the server fetches nothing.")
+    url: str = Field(
+        description="A data URL; the server fetches nothing.",
+        json_schema_extra={"pattern": "^data:image/(png|jpeg|jpg|webp);base64,[A-Za-z0-9+/]*={0,2}$"},
+    )
     detail: Literal["auto", "low", "high"] | None = Field(None, description="Changes nothing.")
 
 
@@ -128,7 +135,7 @@ class StreamOptions(Asked):
     include_usage: bool = False
 
 
-class ChatRequest(Asked):
+class ChatRequest(WithNumbers):
     """A chat: with text alone the base LLM answers, a picture is captioned, with images asked for both are made."""
 
     model: str | None = None

@@ -12,7 +12,7 @@ from mars.pipeline import MarsPipeline
 from mars.server.app import make_app
 from mars.server.guard import LOG, JsonLines
 from mars.server.settings import Settings
-from mars.server.worker import Worker
+from mars.server.worker import Intake, Worker
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -30,21 +30,27 @@ def bind(host: str, port: int) -> socket.socket:
 
 def serve(pipe: MarsPipeline, listening: socket.socket, settings: Settings) -> None:
     """Answers requests until a signal ends it; what was accepted then is finished."""
+    worker = Worker(pipe, queue=settings.limits.queue)
+    answer(worker, listening, settings)
+    worker.join()
+
+
+def answer(worker: Intake, listening: socket.socket, settings: Settings) -> None:
+    """Answers with a worker, which takes nothing more in the end."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     LOG.handlers, LOG.propagate = [handler], False
     LOG.setLevel(logging.INFO)
-    worker = Worker(pipe, queue=settings.limits.queue)
     config = uvicorn.Config(
         make_app(worker, settings), log_config=None, access_log=False, server_header=False, lifespan="off",
         timeout_graceful_shutdown=int(settings.limits.seconds + settings.limits.body_seconds) + 10, ws="none",
+        http="h11", loop="asyncio",  # whatever else is installed: strict, bounded, and what was tested
     )  # fmt: skip
     server = uvicorn.Server(config)
     for one in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises a signal again at its end: then it means nothing
         signal.signal(one, lambda *_: None)
     host, port = listening.getsockname()[:2]
-    LOG.info("serving", extra={"fields": {"host": host, "port": port, "model": pipe.model.info.name}})
+    LOG.info("serving", extra={"fields": {"host": host, "port": port, "model": worker.pipe.model.info.name}})
     server.run(sockets=[listening])
     worker.close()
-    worker.join()
     LOG.info("ended", extra={"fields": {}})

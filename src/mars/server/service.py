@@ -17,14 +17,14 @@ from mars.server.errors import ApiError
 from mars.server.hearing import Hearing
 from mars.server.metrics import Metrics
 from mars.server.settings import Settings
-from mars.server.worker import Worker
+from mars.server.worker import Intake
 
 
 @dataclass(frozen=True)
 class Service:
     """One server."""
 
-    worker: Worker
+    worker: Intake
     settings: Settings
     metrics: Metrics
 

@@ -7,6 +7,7 @@ import asyncio
 import math
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -74,17 +75,14 @@ class Job:
             self.loop.call_soon_threadsafe(self.news.put_nowait, news)
 
 
-class Worker:
-    """Draws and writes for all requests of a server.
-
-    Prompts are read one by one, so that a picture does not depend on what is asked for beside it.
+class Intake(ABC):
+    """Takes requests in, as long as there are places in its queue.
 
     Args:
         queue: at most so many pictures and texts at once, those that wait included.
     """
 
     def __init__(self, pipe: MarsPipeline, *, queue: int) -> None:
-        pipe.prompts = Prompts(pipe.model.transformer, together=0)
         self.pipe = pipe
         self.queue = queue
         self.rows = 0
@@ -92,23 +90,15 @@ class Worker:
         self.held = 0
         """Places of the queue that are taken."""
         self._lock = threading.Lock()
-        self._inbox: SimpleQueue[Job | None] = SimpleQueue()
-        """Null only wakes the thread."""
-        self._drawings = Drawings(pipe)
-        self._drawing: dict[Drawing, Job] = {}
-        self._writing: dict[Job, Iterator[Piece]] = {}
-        """In the order in which they were asked for."""
         self._closing = False
         self._pace = 1.0
         """Seconds between two places of the queue that come free while it is in use; a moving mean."""
         self._freed = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name="mars-worker", daemon=True)
-        self._thread.start()
 
     @property
     def ready(self) -> bool:
         """Whether more can be asked for."""
-        return self._thread.is_alive() and not self._closing
+        return not self._closing
 
     def submit(
         self, begin: Callable[[MarsPipeline], Order | Iterator[Piece]], *, size: int = 1, previews: int = 0
@@ -130,8 +120,52 @@ class Worker:
                 self._freed = time.monotonic()
             self.held += size
             job = Job(begin=begin, size=size, previews=previews)
-            self._inbox.put(job)
+            self._take(job)
         return job
+
+    def _free(self, job: Job) -> None:
+        with self._lock:
+            self.held -= job.size
+        now = time.monotonic()
+        self._pace += 0.2 * ((now - self._freed) / job.size - self._pace)
+        self._freed = now
+
+    @abstractmethod
+    def _take(self, job: Job) -> None:
+        """Sees to a request that has its places."""
+
+    @abstractmethod
+    def cancel(self, job: Job) -> None:
+        """Forgets a request, whose rows are free before the next step; one that is done is no error."""
+
+    def close(self) -> None:
+        """Takes nothing more."""
+        with self._lock:
+            self._closing = True
+
+
+class Worker(Intake):
+    """Draws and writes for all requests of a server.
+
+    Prompts are read one by one, so that a picture does not depend on what is asked for beside it.
+    """
+
+    def __init__(self, pipe: MarsPipeline, *, queue: int) -> None:
+        super().__init__(pipe, queue=queue)
+        pipe.prompts = Prompts(pipe.model.transformer, together=0)
+        self._inbox: SimpleQueue[Job | None] = SimpleQueue()
+        """Null only wakes the thread."""
+        self._drawings = Drawings(pipe)
+        self._drawing: dict[Drawing, Job] = {}
+        self._writing: dict[Job, Iterator[Piece]] = {}
+        """In the order in which they were asked for."""
+        self._thread = threading.Thread(target=self._run, name="mars-worker", daemon=True)
+        self._thread.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether more can be asked for."""
+        return super().ready and self._thread.is_alive()
 
     def cancel(self, job: Job) -> None:
         """Forgets a request, whose rows are free before the next step; one that is done is no error."""
@@ -140,13 +174,15 @@ class Worker:
 
     def close(self) -> None:
         """Takes nothing more; the thread ends when all that was taken in is done."""
-        with self._lock:
-            self._closing = True
+        super().close()
         self._inbox.put(None)
 
     def join(self, seconds: float | None = None) -> None:
         """Waits for the end."""
         self._thread.join(seconds)
+
+    def _take(self, job: Job) -> None:
+        self._inbox.put(job)
 
     def _run(self) -> None:
         while self._take_in():
@@ -235,10 +271,3 @@ class Worker:
     def _end(self, job: Job, news: News) -> None:
         self._free(job)
         job.tell(news)
-
-    def _free(self, job: Job) -> None:
-        with self._lock:
-            self.held -= job.size
-        now = time.monotonic()
-        self._pace += 0.2 * ((now - self._freed) / job.size - self._pace)
-        self._freed = now
