@@ -1,4 +1,4 @@
-"""What `pip install` gets: the wheel and the source archive, and the commands out of the wheel. Slow: it builds them."""
+"""What `pip install` gets: the wheel, the source archive, and the commands of the wheel. Slow: it builds them."""
 
 import hashlib
 import os
@@ -106,7 +106,9 @@ def test_the_source_archive_holds_what_the_wheel_is_made_of(built: Path) -> None
 
 def test_it_draws_without_a_network_what_the_sources_draw(installed: Path, tmp_path: Path) -> None:
     where = "import mars; print(mars.__file__)"
-    found = subprocess.run([installed / "python", "-c", where], cwd=tmp_path, check=True, capture_output=True, text=True)
+    found = subprocess.run(
+        [installed / "python", "-c", where], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
     assert Path(found.stdout.strip()).is_relative_to(installed.parent)
     options = ["pizza", "--seed", "1", "--out"]
     _cut_off(["mars", "generate", *options, "installed.png"], installed=installed, cwd=tmp_path)
