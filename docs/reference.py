@@ -120,7 +120,9 @@ def _operation(heading: str, operation: Mapping[str, Any], document: Mapping[str
                 yield f"Example: {title}"
                 yield f"```json\n{text}\n```"
     answers = operation["responses"].items()
-    yield "\n".join(["| status | answer |", "|---|---|", *(f"| {code} | {said['description']} |" for code, said in answers)])
+    yield "\n".join(
+        ["| status | answer |", "|---|---|", *(f"| {code} | {said['description']} |" for code, said in answers)]
+    )
 
 
 def _fields(schema: Mapping[str, Any]) -> str:
