@@ -25,12 +25,15 @@ from PIL import Image, ImageDraw
 from mars import cli
 from mars.config import load_config
 from mars.training.stages import StageConfig
+from mars.training.tokenizer_trainer import TokenizerTrainingConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 REPEATED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "integrations").glob("*/README.md"))]
 COMMANDS = ("", "sh")
-FENCE = re.compile(r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
+FENCE = re.compile(
+    r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 TOOLS = {".", "cat", "cmp", "curl", "docker", "git", "printf"}
 """What else a page may call."""
 SHELL = r"""
@@ -101,8 +104,8 @@ def parse(arguments: list[str]) -> None:
         command, rest = command.commands[rest[0]], rest[1:]
     values = command.make_context(command.name, list(rest)).params
     if command.name == "train" and (file := ROOT / values["config"]).is_file():
-        if tomllib.loads(file.read_text("utf-8"))["stage"] != "tokenizer":
-            load_config(StageConfig, file, values["overrides"] or [])
+        stage = tomllib.loads(file.read_text("utf-8"))["stage"]
+        load_config(TokenizerTrainingConfig if stage == "tokenizer" else StageConfig, file, values["overrides"] or [])
 
 
 def check(words: list[str]) -> None:
@@ -116,7 +119,7 @@ def check(words: list[str]) -> None:
     if tool == "mars":
         parse(words[1:])
     elif tool == "make":
-        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), flags=re.M)
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), flags=re.MULTILINE)
         assert set(words[1:]) <= set(targets), words
     elif tool == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
