@@ -25,6 +25,8 @@ from pathlib import Path
 CONTEXT = Path(__file__).parents[1]
 ADDRESS = "http://127.0.0.1:8000"
 SECONDS = 300
+MOUNTS = 'mount -t proc proc "$0/proc"; mount --rbind /sys "$0/sys"; mount --rbind /dev "$0/dev"; exec "$@"'
+"""What every engine mounts, for the one command only."""
 
 
 def instructions(dockerfile: Path) -> Iterator[tuple[str, str]]:
@@ -49,8 +51,9 @@ class Stage:
     def command(self, words: list[str], **variables: str) -> list[str]:
         """What runs some words in this stage, as its user, in its directory."""
         told = [f"{name}={value}" for name, value in {**self.variables, **variables}.items()]
-        begin = ["chroot", f"--userspec={self.user}:{self.user}", str(self.root), "/usr/bin/env", "-i", *told]
-        return [*begin, "sh", "-c", 'cd "$0" && exec "$@"', self.directory, *words]
+        mounted = ["unshare", "--mount", "sh", "-ec", MOUNTS, str(self.root)]
+        inside = ["chroot", f"--userspec={self.user}:{self.user}", str(self.root), "/usr/bin/env", "-i", *told]
+        return [*mounted, *inside, "sh", "-c", 'cd "$0" && exec "$@"', self.directory, *words]
 
     def inside(self, path: str) -> Path:
         """Where a path of the stage is on this machine."""

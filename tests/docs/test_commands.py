@@ -15,6 +15,7 @@ import tarfile
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -168,8 +169,8 @@ def _photo(path: Path, *, size: int, seed: int) -> None:
     image.save(path)
 
 
-def _photos(folder: Path) -> None:
-    for number in range(12):
+def _photos(folder: Path, *, count: int = 12) -> None:
+    for number in range(count):
         _photo(folder / "photos" / f"disc-{number}.png", size=160, seed=number)
         (folder / "photos" / f"disc-{number}.txt").write_text(f"a disc with the number {number}", "utf-8")
 
@@ -195,7 +196,7 @@ def _apple_and_mask(folder: Path) -> None:
 
 
 GIVEN: dict[str, list[Callable[[Path], None]]] = {
-    "data.md": [_photos, _tables],
+    "data.md": [partial(_photos, count=3), _tables],
     "drawing.md": [_apple_and_mask],
     "own-pictures.md": [_photos],
     "serve.md": [_apple_and_mask],
@@ -215,6 +216,7 @@ def _script(page: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", [page for page in PAGES if _script(page)], ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(page: Path, tmp_path: Path) -> None:
     for name in ("assets", "benchmarks", "configs", "src"):
