@@ -35,7 +35,7 @@ COMMANDS = ("", "sh")
 FENCE = re.compile(
     r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
-TOOLS = {".", "cat", "cmp", "cp", "curl", "docker", "git", "printf"}
+TOOLS = {".", "cat", "cp", "curl", "docker", "git", "printf"}
 """What else a page may call."""
 SHELL = r"""
 set -euo pipefail
