@@ -148,8 +148,12 @@ def _type(schema: Mapping[str, Any]) -> str:
         return f"list of {_type(schema['items'])}"
     kind = "file" if schema.get("format") == "binary" or "contentMediaType" in schema else schema.get("type", "any")
     limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    told = [f"{sign} {schema[key]:g}" for key, sign in limits.items() if key in schema]
+    told = [f"{sign} {_number(schema[key])}" for key, sign in limits.items() if key in schema]
     return " ".join([kind, ", ".join(told)]).strip()
+
+
+def _number(value: float) -> str:
+    return "2^63" if value == 2**63 else f"{value:g}"
 
 
 def _name(schema: Mapping[str, Any]) -> str:
