@@ -22,7 +22,7 @@ export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env demo test test-slow check format data train-tokenizer train eval clean
+.PHONY: help env demo test test-slow check format docs data train-tokenizer train eval clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,10 @@ check: .venv/.dev ## style, types and who may import whom
 format: .venv/.dev ## mend what ruff can mend
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: .venv/.dev ## build the docs site into out/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo 'the site is in out/site; read it with: $(BIN)/mkdocs serve'
 
 data: .venv/.dev ## build the captioned emoji and scenes (needs npm)
 	@command -v npm >/dev/null || { echo 'npm must be installed: the emoji artwork comes in npm packages' >&2; exit 1; }

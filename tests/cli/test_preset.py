@@ -81,4 +81,4 @@ def test_an_unknown_preset_is_an_error() -> None:
 
 def test_the_page_of_the_papers_size_shows_what_the_program_says(qwen: dict[str, Any]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "paper-scale.md").read_text(encoding="utf-8")
-    assert page.split("```")[1].strip() == render_preset(qwen).strip()
+    assert page.split("```")[1].removeprefix("text").strip() == render_preset(qwen).strip()

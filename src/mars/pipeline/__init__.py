@@ -53,8 +53,9 @@ def _find(source: str | Path, *, revision: str | None) -> Path:
 class MarsPipeline:
     """A model that paints, captions and chats.
 
-    >>> pipe = MarsPipeline.from_pretrained()
-    >>> pipe("slice of pizza", seed=1).images[0].save("pizza.png")
+    Examples:
+        >>> pipe = MarsPipeline.from_pretrained()
+        >>> pipe("slice of pizza", seed=1).images[0].save("pizza.png")
     """
 
     def __init__(self, model: MarsModel) -> None:
