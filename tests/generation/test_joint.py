@@ -93,8 +93,7 @@ def test_an_image_is_the_one_that_a_call_draws_after_the_same_text(
 def test_an_image_can_be_drawn_in_fewer_steps_and_with_guidance_that_stops(transformer: MarsTransformer) -> None:
     drawing = Sampling(temperature=0, guidance=3.0, guidance_stop=0.5)
     wanted, found = (
-        list(write(transformer, ask(drawing=replace(drawing, window=window), max_images=2)))
-        for window in (1, 4)
+        list(write(transformer, ask(drawing=replace(drawing, window=window), max_images=2))) for window in (1, 4)
     )
     drawn = [event.codes for event in wanted if isinstance(event, Drew)]
     assert drawn
