@@ -37,7 +37,7 @@ class DrawFields(WithNumbers):
     response_format: Literal["b64_json", "url"] | None = Field(None, description="url is a data URL.")
     user: str | None = Field(None, max_length=512, description="Noted in the log.")
     safety_identifier: str | None = Field(None, max_length=512, description="The newer name of user.")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="The same seed draws the same picture.")
+    seed: int | None = Field(None, ge=0, lt=2**53, description="The same seed draws the same picture.")
     negative_prompt: Text | None = Field(None, description="What guidance moves away from.")
     guidance_scale: float | None = Field(None, ge=0, le=100, description="1 is no guidance.")
     guidance_stop: float | None = Field(None, ge=0, le=1, description="Guide this share of the codes, from the first.")
@@ -150,7 +150,7 @@ class ChatRequest(WithNumbers):
     top_k: int | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
     guidance_scale: float | None = Field(None, ge=0, le=100, description="Of pictures.")
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    seed: int | None = Field(None, ge=0, lt=2**53)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     language: Literal["en", "zh"] | None = Field(
