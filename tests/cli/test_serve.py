@@ -20,6 +20,6 @@ Run = Callable[..., tuple[int, str, str]]
 )
 def test_options_that_do_not_fit_are_one_line(run: Run, tiny_model: Path, options: list[str], message: str) -> None:
     code, _, err = run("serve", "--port", "0", "--model", tiny_model, *options)
-    assert code == 1
+    assert code == 2
     assert message in err
     assert err.count("\n") == 1
