@@ -233,7 +233,7 @@ def test_the_app_is_the_same_on_a_cluster(tiny_model: Path, pipe: MarsPipeline, 
 def test_a_model_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
     command = [*COMMAND, "--engine", "ray", "--model", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
         f"mars: no model at {tmp_path / 'none'}; name a folder that holds config.json and visual.safetensors"
     ]

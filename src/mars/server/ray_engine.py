@@ -31,6 +31,7 @@ from mars.server.guard import LOG
 from mars.server.worker import Begun, Ended, Intake, Job, News, Refused, Worker
 
 APP = "mars"
+_WHY = "a replica cannot open its model: "
 ONGOING = 16
 """Requests that a replica has in hand: a batch and what comes next. Others wait where any replica can take them."""
 TARGET = 8
@@ -44,20 +45,19 @@ class Replica:
 
     def __init__(self, opening: Callable[[], MarsPipeline]) -> None:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        self.failure = ""
         try:
             self.worker = Worker(opening(), queue=2**31)  # the app has counted
-        except MarsError as error:  # Ray would try again and again, and hide what it says
-            self.failure = str(error)
+        except MarsError as error:
+            raise RuntimeError(f"{_WHY}{error}") from None
 
     def check_health(self) -> None:
         """Ray replaces a replica for which this raises."""
-        if self.failure or not self.worker.ready:
-            raise RuntimeError(self.failure or "the worker's thread has ended")
+        if not self.worker.ready:
+            raise RuntimeError("the worker's thread has ended")
 
-    def about(self) -> MarsModel | str:
-        """The model without its weights, or why it cannot be opened."""
-        return self.failure or hollow(self.worker.pipe.model)
+    def about(self) -> MarsModel:
+        """The model without its weights."""
+        return hollow(self.worker.pipe.model)
 
     def rows(self) -> int:
         """Rows of the batch that runs."""
@@ -216,12 +216,10 @@ def ray_worker(
         try:
             serve.start(proxy_location="Disabled")
             handle = serve.run(_application(opening, replicas, max_replicas), name=APP, route_prefix=None)
-        except RuntimeError as error:
-            raise RequestError(f"Ray could not start replicas: {' '.join(str(error).split())[:300]}") from error
-        try:
             about = handle.about.remote().result()
-            if isinstance(about, str):
-                raise RequestError(about)
+        except RuntimeError as error:
+            raise RequestError(_why(error)) from error
+        try:
             yield RayWorker(handle, MarsPipeline(about), queue=queue)
         finally:
             serve.delete(APP)
@@ -245,6 +243,16 @@ def _cluster(cores: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _why(error: Exception) -> str:
+    """Why there are no replicas, as one of them said it, or else Ray."""
+    from ray import serve
+
+    application = serve.status().applications.get(APP)
+    said = "" if application is None else " ".join(one.message for one in application.deployments.values())
+    _, found, message = said.partition(_WHY)
+    return message.splitlines()[0] if found else f"Ray could not start replicas: {' '.join(str(error).split())[:300]}"
 
 
 def _application(opening: Callable[[], MarsPipeline], replicas: int, max_replicas: int) -> Any:
