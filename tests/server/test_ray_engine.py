@@ -227,6 +227,8 @@ def test_the_app_is_the_same_on_a_cluster(tiny_model: Path, pipe: MarsPipeline, 
         pids = [running.process.pid, *replicas(running.process.pid)]
         assert running.end() == 0
         assert not [one for pid in pids for one in replicas(pid)]
+    log = (tmp_path / "log").read_text("utf-8").splitlines()
+    assert all(line.startswith("{") for line in log), log
     told = [line for line in lines(tmp_path / "log") if line["event"] == "request"]
     assert [line["status"] for line in told][:3] == [200, 200, 400]
     assert told[0]["n"] == 1
