@@ -223,7 +223,7 @@ def ray_worker(
         try:
             yield RayWorker(handle, MarsPipeline(about), queue=queue)
         finally:
-            handle.shutdown()
+            handle.shutdown()  # type: ignore[no-untyped-call]
             serve.delete(APP)
 
 
