@@ -1,6 +1,7 @@
 import asyncio
 import json
 import pickle
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
@@ -25,7 +26,7 @@ from mars.pipeline.writing import Words, reply
 from mars.server.errors import ApiError
 from mars.server.ray_engine import ATTEMPTS, RayWorker, Replica, hollow, ray_worker
 from mars.server.worker import Begun, Ended, News, Refused
-from tests.server.test_hearing import until
+from tests.server.test_hearing import LONG, until
 
 
 class Stream:
@@ -213,10 +214,12 @@ def test_the_app_is_the_same_on_a_cluster(tiny_model: Path, pipe: MarsPipeline, 
             assert chat.choices[0].message.content == pipe.chat("hello", max_tokens=8).strip()
             with pytest.raises(openai.BadRequestError, match="at most 512 tokens"):
                 client.images.generate(prompt="x" * 1000)
-            long = {"candidates": 64}
-            for _ in client.images.generate(prompt="a", n=10, stream=True, partial_images=1, extra_body=long):
-                break  # hangs up
-            until(lambda: "mars_queue 0.0" in figures() and "mars_rows 0.0" in figures())
+        head = f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: {len(json.dumps(LONG))}\r\n"
+        head += "Authorization: Bearer key\r\nContent-Type: application/json\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", running.port)) as connection:  # hangs up
+            connection.sendall((head + json.dumps(LONG)).encode())
+            until(lambda: "mars_rows 0.0" not in figures())
+        until(lambda: "mars_queue 0.0" in figures() and "mars_rows 0.0" in figures())
         assert httpx2.post(f"{running.url}/v1/images/generations", json={"prompt": "a"}).status_code == 401
         assert httpx2.get(f"{running.url}/ready").status_code == 200
         for status in ("200", "400", "499"):
@@ -224,6 +227,8 @@ def test_the_app_is_the_same_on_a_cluster(tiny_model: Path, pipe: MarsPipeline, 
         pids = [running.process.pid, *replicas(running.process.pid)]
         assert running.end() == 0
         assert not [one for pid in pids for one in replicas(pid)]
+    log = (tmp_path / "log").read_text("utf-8").splitlines()
+    assert all(line.startswith("{") for line in log), log
     told = [line for line in lines(tmp_path / "log") if line["event"] == "request"]
     assert [line["status"] for line in told][:3] == [200, 200, 400]
     assert told[0]["n"] == 1

@@ -208,6 +208,7 @@ def ray_worker(
         MarsError: as `opening` does.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # else a thread of Serve starts Ray again when it has ended
     try:
         from ray import serve
     except ImportError:
@@ -222,6 +223,7 @@ def ray_worker(
         try:
             yield RayWorker(handle, MarsPipeline(about), queue=queue)
         finally:
+            handle.shutdown()  # type: ignore[no-untyped-call]
             serve.delete(APP)
 
 
