@@ -1,6 +1,7 @@
 """`mars serve`: the OpenAI API over HTTP."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,7 @@ def serve(
     moderation: Annotated[
         str | None, typer.Option(help="package.module:name of what looks at prompts and pictures.")
     ] = None,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="A page for people at /.")] = True,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
     model: Model = None,
     lora: Lora = None,
@@ -44,8 +46,11 @@ def serve(
         keys=read_keys(api_keys, environment=os.environ),
         log_prompts=log_prompts,
         moderation=None if moderation is None else find_moderation(moderation),
+        page=page and find_spec("gradio") is not None,
     )
     listening = bind(host, port)
     if not settings.keys and not host.startswith("127.") and host not in ("localhost", "::1"):
         say("mars: anybody who reaches this server may use it; give API keys with --api-keys")
+    if page and not settings.page:
+        say("mars: the page needs Gradio (pip install 'mars-t2i[server]'); the API is served without it")
     run(open_pipeline(model, precision=precision, lora=lora, lora_scale=lora_scale), listening, settings)

@@ -46,6 +46,10 @@ def make_app(worker: Worker, settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, answer_http)
     app.add_exception_handler(MarsError, answer_mars)
     app.add_exception_handler(ClientGoneError, answer_gone)
+    if settings.page:
+        from mars.server.page.mount import add_page  # Gradio takes seconds to import
+
+        add_page(app, service)
     app.add_middleware(Guard, settings=settings, metrics=metrics)
     app.openapi = lambda: _openapi(app, with_keys=bool(settings.keys))  # type: ignore[method-assign]
     return app

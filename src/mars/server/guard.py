@@ -18,6 +18,8 @@ from mars.server.settings import Settings
 
 PUBLIC = ("/health", "/ready", "/metrics", "/openapi.json", "/docs")
 """Addresses that need no key."""
+PAGE = re.compile(r"/(|sign-in|(en|zh)(/.*)?)", flags=re.DOTALL)
+"""Those of the page, whose own door asks for it."""
 LOG = logging.getLogger("mars.server")
 _ID = re.compile(r"[\w.-]{1,64}", flags=re.ASCII)
 
@@ -88,7 +90,8 @@ class Guard:
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers, limits = Headers(scope=scope), self.settings.limits
         public = scope["path"] in PUBLIC
-        if not public and self.settings.keys and not self.settings.keys.fit(_authorization(headers)):
+        asks = self.settings.page and PAGE.fullmatch(scope["path"])
+        if not (public or asks) and self.settings.keys and not self.settings.keys.fit(_authorization(headers)):
             raise ApiError(
                 401, "an API key must be given, as `Authorization: Bearer KEY`, and be one that the server knows",
                 headers={"WWW-Authenticate": "Bearer"},
