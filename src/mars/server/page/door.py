@@ -80,7 +80,7 @@ class Door:
         if not path:
             return _Rewritten(self.page, lambda html: self._dress(html, language))
         if path == "gradio_api/queue/join":
-            _check_no_files(await request.body())
+            return _Checked(self.page)
         return self.page
 
     def _dress(self, html: str, language: str) -> str:
@@ -103,6 +103,23 @@ class Door:
             COOKIE, token, max_age=30 * 86400, httponly=True, samesite="lax", secure=request.url.scheme == "https"
         )
         return found
+
+
+class _Checked:
+    """An app that is asked only with JSON in which no file is named."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await Request(scope, receive).body()
+        _check_no_files(body)
+        parts: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        await self.app(scope, lambda: _next(parts, receive), send)
+
+
+async def _next(parts: list[Message], receive: Receive) -> Message:
+    return parts.pop() if parts else await receive()
 
 
 class _Rewritten:

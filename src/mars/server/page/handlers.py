@@ -30,7 +30,7 @@ from mars.server.service import Service
 PREVIEWS = 6
 """Of each picture."""
 PREVIEW_QUALITY = 85
-CAPTION_TOKENS, TEXT_TOKENS, JOINT_TOKENS, JOINT_IMAGES = 48, 256, 128, 4
+CAPTION_TOKENS, TEXT_TOKENS, JOINT_TOKENS = 48, 256, 128
 MOST = 2**31 - 1
 SIDES = ("left", "above", "right", "below")
 
@@ -132,7 +132,7 @@ class Handlers:
 
     @acting("write")
     async def write(
-        self, action: Action, story: object, text: object, picture: object, way: object
+        self, action: Action, story: object, text: object, picture: object, way: object, most: object
     ) -> AsyncGenerator[Shown]:
         """The conversation, gone on with: text by the base LLM, or text and pictures by all of the model."""
         said = self._text(text, param="text")
@@ -145,7 +145,7 @@ class Handlers:
         self.service.check_text(prompt, param="the conversation")
         self.service.note(action.request, prompt=prompt)
         await self.service.moderate(prompt)
-        begin = self._answering(turns) if way == "text" else await self._going_on(turns)
+        begin = self._answering(turns) if way == "text" else await self._going_on(turns, most=most)
         yield turns, action.busy("writing")
         half = False  # whether the last turn is a picture half-way
         async for news in action.hear(begin):
@@ -220,12 +220,12 @@ class Handlers:
 
         return begin
 
-    async def _going_on(self, turns: list[dict[str, str]]) -> Callable[[MarsPipeline], Any]:
+    async def _going_on(self, turns: list[dict[str, str]], *, most: object) -> Callable[[MarsPipeline], Any]:
         parts: list[Said] = [turn["text"] if "text" in turn else await self._page(turn["src"]) for turn in turns]
-        limits = self.service.settings.limits
+        images = int(_number(most))
+        self.service.check_count(images, param="n")
         return partial(
-            document, parts=parts, max_tokens=self._tokens(JOINT_TOKENS), max_images=min(JOINT_IMAGES, limits.images),
-            previews=True,
+            document, parts=parts, max_tokens=self._tokens(JOINT_TOKENS), max_images=images, previews=True
         )  # fmt: skip
 
     def _story(self, story: object) -> list[dict[str, str]]:

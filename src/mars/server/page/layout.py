@@ -152,8 +152,9 @@ def _edit_tab(handlers: Handlers, say: Words) -> None:
                 margin = gr.Slider(0.1, 1, 0.5, step=0.05, label=say("margin"))
             strength = gr.Slider(0.05, 1, 0.3, step=0.05, label=say("strength"), visible=False)
             prompt = gr.Textbox(
-                label=say("edit_prompt"), lines=2, max_lines=6, max_length=handlers.service.settings.limits.prompt
-            )
+                label=say("edit_prompt"), lines=2, max_lines=6, elem_id="edit-prompt",
+                max_length=handlers.service.settings.limits.prompt,
+            )  # fmt: skip
             with gr.Row(elem_classes="mars-go-row"):
                 go, stop = _buttons(say, "go_edit")
             count = _count(handlers.service, say, 2)
@@ -184,21 +185,23 @@ def _describe_tab(handlers: Handlers, say: Words) -> None:
 
 
 def _write_tab(handlers: Handlers, say: Words) -> None:
+    service = handlers.service
     with gr.Column(elem_classes="mars-talk"):
         story = Part("story")
         status = Part("status")
         text = gr.Textbox(
             label=say("say"), placeholder=say("say_hint"), lines=2, max_lines=8,
-            max_length=handlers.service.settings.limits.prompt,
+            max_length=service.settings.limits.prompt,
         )  # fmt: skip
         picture = Part("picture", arguments=["told"])
         way = gr.Radio(
             [(say("with_both"), "both"), (say("with_text"), "text")], value="both", label=say("answer_with")
         )
+        most = _count(service, say, 1)
         with gr.Row(elem_classes="mars-go-row"):
             go, stop = _buttons(say, "go_write")
             anew = gr.Button(say("anew"), scale=1)
-    writing = go.click(handlers.write, [story, text, picture, way], [story, status], **QUIET)
+    writing = go.click(handlers.write, [story, text, picture, way, most], [story, status], **QUIET)
     writing.success(None, [status], [text, picture], js=_EMPTY_UNLESS_ERROR, **QUIET)
     anew.click(None, None, [story, status], js="() => [null, null]", **QUIET)
     _stopping(handlers, stop, status, [writing])

@@ -22,14 +22,24 @@
   };
 
   // Gradio's own fields take a value as if it were typed.
-  const type = (selector, text) => {
-    const field = document.querySelector(`${selector} textarea, ${selector} input`);
+  const type = async (selector, text) => {
+    const find = () => document.querySelector(`${selector} textarea, ${selector} input`);
+    while (!find()) await new Promise(requestAnimationFrame);  // its tab opens
+    const field = find();
     field.value = text;
     field.dispatchEvent(new Event("input", { bubbles: true }));
-    return field;
+    field.focus();
   };
 
   const open = (tab) => document.getElementById(`tab-${tab}-button`)?.click();
+
+  // A picture for a part that may not be there before its tab has been open.
+  const given = {};
+  const give = (name, src) => { if (parts[name]) parts[name].open(src); else given[name] = src; };
+  const receives = (name, open) => {
+    parts[name] = { open };
+    if (given[name]) open(given[name]);
+  };
 
   // ---- pictures that are given
 
@@ -99,8 +109,8 @@
     root.append(choose.button, choose.input, shown, choose.note);
     choose.listen(root);
     watch("value", show);
-    parts[name] = { open: set };
     show();
+    receives(name, set);
   };
 
   // ---- what can be done with a picture
@@ -109,8 +119,8 @@
 
   const tools = (names, get, more = {}) => {
     const acts = {
-      edit: () => { open("edit"); parts.painter.open(get().src); },
-      describe: () => { open("describe"); parts.described.open(get().src); },
+      edit: () => { open("edit"); give("painter", get().src); type("#edit-prompt", get().prompt ?? ""); },
+      describe: () => { open("describe"); give("described", get().src); },
       save: () => save(get().src, `mars-${get().seed ?? "picture"}`),
       recall: () => parts.shelf.recall(get().src),
       ...more,
@@ -206,7 +216,7 @@
     const radius = () => Math.max(1, (size.value / 200) * Math.max(canvas.width, canvas.height));
     const stroke = (from, to) => {
       ink.globalCompositeOperation = erasing ? "destination-out" : "source-over";
-      ink.strokeStyle = ink.fillStyle = "#e8602c";
+      ink.strokeStyle = "#3355ff";  // what few pictures are
       ink.lineCap = ink.lineJoin = "round";
       ink.lineWidth = 2 * radius();
       ink.beginPath(); ink.moveTo(from.x, from.y); ink.lineTo(to.x + 0.01, to.y); ink.stroke();
@@ -265,22 +275,21 @@
     const choose = chooser(set);
     const bar = make("div", { class: "mars-tools mars-brush" }, ...modes.map(([button]) => button),
       make("label", { class: "mars-range" }, make("span", { text: say("brush") }), size),
-      make("button", { type: "button", class: "mars-small", text: say("clear"), onclick: clear }));
-    const other = make("div", { class: "mars-tools" },
+      make("button", { type: "button", class: "mars-small", text: say("clear"), onclick: clear }),
       make("button", { type: "button", class: "mars-small", text: say("choose_other"), onclick: choose.browse }));
     const show = () => {
       const src = props.value?.src;
       choose.button.hidden = !!src;
-      stage.hidden = bar.hidden = other.hidden = !src;
+      stage.hidden = bar.hidden = !src;
       if (!src) image.removeAttribute("src");
       else if (image.getAttribute("src") !== src) image.src = src;
     };
-    root.append(choose.button, choose.input, stage, bar, other, choose.note);
+    root.append(choose.button, choose.input, stage, bar, choose.note);
     choose.listen(root);
     new ResizeObserver(place).observe(stage);
     watch("value", show);
-    parts.painter = { open: set };
     show();
+    receives("painter", set);
   };
 
   // ---- captions in both languages: {en, zh}
@@ -295,7 +304,7 @@
         make("p", { lang: language, text: found[language] || "…" }),
         make("button", {
           type: "button", class: "mars-small", text: say("draw_this"), disabled: !found[language],
-          onclick: () => { open("draw"); type("#prompt", found[language]).focus(); },
+          onclick: () => { open("draw"); type("#prompt", found[language]); },
         }))));
     };
     watch("value", show);
@@ -408,7 +417,7 @@
     const root = element.querySelector(".mars-examples");
     root.setAttribute("aria-label", say("examples"));
     root.append(...texts.map((text) => make("button", {
-      type: "button", class: "mars-chip", text, onclick: () => type("#prompt", text).focus(),
+      type: "button", class: "mars-chip", text, onclick: () => type("#prompt", text),
     })));
   };
 
