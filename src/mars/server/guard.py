@@ -122,7 +122,8 @@ class Guard:
         self.metrics.requests.labels(path, str(status)).inc()
         self.metrics.seconds.labels(path).observe(seconds)
         about = {"method": scope["method"], "path": scope["path"], "status": status, "seconds": round(seconds, 4)}
-        LOG.log(logging.DEBUG if scope["path"] in PUBLIC else logging.INFO, "request", extra={"fields": fields | about})
+        quiet = scope["path"] in PUBLIC or PAGE.fullmatch(scope["path"])  # what is done on the page has lines of its own
+        LOG.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": fields | about})
 
 
 def _authorization(headers: Headers) -> bytes:

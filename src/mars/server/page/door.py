@@ -43,12 +43,17 @@ class Door:
     Args:
         page: Gradio's app of all languages, each under its name.
         start: starts Gradio's queues; called once, in the event loop, when somebody first comes.
+        functions: numbers of what can be called.
     """
 
-    def __init__(self, app: ASGIApp, *, page: ASGIApp, start: Callable[[], Awaitable[None]], keys: Keys) -> None:
+    def __init__(
+        self, app: ASGIApp, *, page: ASGIApp, start: Callable[[], Awaitable[None]], functions: frozenset[int],
+        keys: Keys,
+    ) -> None:  # fmt: skip
         self.app = app
         self.page = page
         self.start = start
+        self.functions = functions
         self.keys = keys
         self.heads = {language: _head(Words(language)) for language in LANGUAGES}
         self._started = False
@@ -80,7 +85,7 @@ class Door:
         if not path:
             return _Rewritten(self.page, lambda html: self._dress(html, language))
         if path == "gradio_api/queue/join":
-            return _Checked(self.page)
+            return _Checked(self.page, self.functions)
         return self.page
 
     def _dress(self, html: str, language: str) -> str:
@@ -106,14 +111,15 @@ class Door:
 
 
 class _Checked:
-    """An app that is asked only with JSON in which no file is named."""
+    """An app that is asked only for functions that there are, with JSON in which no file is named."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, functions: frozenset[int]) -> None:
         self.app = app
+        self.functions = functions
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await Request(scope, receive).body()
-        _check_no_files(body)
+        _check_call(body, self.functions)
         parts: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
         await self.app(scope, lambda: _next(parts, receive), send)
 
@@ -178,12 +184,15 @@ def _form(say: Words, wrong: str) -> Response:
     return _html(page, status=401)
 
 
-def _check_no_files(body: bytes) -> None:
-    """Raises ApiError for JSON in which a file is named as Gradio does; none of our parts has one."""
+def _check_call(body: bytes, functions: frozenset[int]) -> None:
+    """Raises ApiError for an unknown function, or if a file is named as Gradio does: none of our parts has one."""
     try:
-        left: list[Any] = [json.loads(body)]
+        asked = json.loads(body)
     except (ValueError, RecursionError):
         raise ApiError(400, "the body must be valid JSON") from None
+    if not isinstance(asked, dict) or asked.get("fn_index") not in [*functions]:
+        raise ApiError(400, "this is no function of the page; load it again")
+    left: list[Any] = [asked]
     while left:
         one = left.pop()
         if isinstance(one, dict):

@@ -88,7 +88,6 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "anew": ("Start anew", "重新开始"),
     "story": ("Conversation", "对话"),
     "story_empty": ("Text and pictures take turns here.", "文字与图画会在这里交替出现。"),
-    "you": ("You", "你"),
     # history
     "shelf": ("Your pictures", "你的画作"),
     "shelf_hint": (
@@ -122,7 +121,6 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "moderated": ("The server does not draw this: {reason}", "服务器拒绝了这一请求：{reason}"),
     "failed": ("The server failed; its log says why (request {id}).", "服务器出错，详情见日志（请求 {id}）。"),
     "refused": ("This cannot be done: {reason}", "无法完成：{reason}"),
-    "unreachable": ("The server cannot be reached.", "无法连接服务器。"),
     # signing in
     "key": ("API key", "API 密钥"),
     "key_why": ("This server asks for a key.", "此服务器需要密钥。"),
