@@ -130,8 +130,8 @@ WORDS: Mapping[str, tuple[str, str]] = {
 """By name: English, Chinese."""
 
 EXAMPLES: Mapping[str, tuple[str, ...]] = {
-    "en": ("red apple", "cat face", "slice of pizza", "rainbow", "blue car", "green leaf"),
-    "zh": ("红苹果", "猫脸", "披萨", "彩虹", "蓝色汽车", "绿叶"),
+    "en": ("red apple", "sunflower", "strawberry", "birthday cake", "red heart", "full moon"),
+    "zh": ("红苹果", "向日葵", "草莓", "生日蛋糕", "红心", "满月"),
 }
 
 
