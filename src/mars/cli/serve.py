@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from socket import socket
 from typing import TYPE_CHECKING, Annotated
@@ -31,6 +32,7 @@ def serve(
     moderation: Annotated[
         str | None, typer.Option(help="package.module:name of what looks at prompts and pictures.")
     ] = None,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="A page for people at /.")] = True,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
     engine: Annotated[
         str, typer.Option(help="Who draws: this process (local), or replicas by Ray Serve (ray), see RAY_ADDRESS.")
@@ -60,10 +62,13 @@ def serve(
         keys=read_keys(api_keys, environment=os.environ),
         log_prompts=log_prompts,
         moderation=None if moderation is None else find_callable(moderation, what="moderation must be"),
+        page=page and find_spec("gradio") is not None,
     )
     listening = bind(host, port)
     if not settings.keys and not host.startswith("127.") and host not in ("localhost", "::1"):
         say("mars: anybody who reaches this server may use it; give API keys with --api-keys")
+    if page and not settings.page:
+        say("mars: the page needs Gradio (pip install 'mars-t2i[server]'); the API is served without it")
     if model is not None and Path(model).exists():
         model = str(Path(model).resolve())  # replicas have other working folders
     opening = partial(open_pipeline, model, precision=precision, lora=lora and lora.resolve(), lora_scale=lora_scale)

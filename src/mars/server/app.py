@@ -44,6 +44,10 @@ def make_app(worker: Intake, settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, answer_http)
     app.add_exception_handler(MarsError, answer_mars)
     app.add_exception_handler(ClientGoneError, answer_gone)
+    if settings.page:
+        from mars.server.page.mount import add_page  # Gradio takes seconds to import
+
+        add_page(app, service)
     app.add_middleware(Guard, settings=settings, metrics=metrics)
     app.openapi = lambda: document(app, service)  # type: ignore[method-assign]
     return app

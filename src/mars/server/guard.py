@@ -18,6 +18,8 @@ from mars.server.settings import Settings
 
 PUBLIC = ("/health", "/ready", "/metrics", "/openapi.json", "/docs")
 """Addresses that need no key."""
+PAGE = re.compile(r"/(|sign-in|(en|zh)(/.*)?)", flags=re.DOTALL)
+"""Those of the page, whose own door asks for it."""
 LOG = logging.getLogger("mars.server")
 _ID = re.compile(r"[\w.-]{1,64}", flags=re.ASCII)
 
@@ -88,7 +90,8 @@ class Guard:
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers, limits = Headers(scope=scope), self.settings.limits
         public = scope["path"] in PUBLIC
-        if not public and self.settings.keys and not self.settings.keys.fit(_authorization(headers)):
+        asks = self.settings.page and PAGE.fullmatch(scope["path"])
+        if not (public or asks) and self.settings.keys and not self.settings.keys.fit(_authorization(headers)):
             raise ApiError(
                 401, "an API key must be given, as `Authorization: Bearer KEY`, and be one that the server knows",
                 headers={"WWW-Authenticate": "Bearer"},
@@ -119,7 +122,8 @@ class Guard:
         self.metrics.requests.labels(path, str(status)).inc()
         self.metrics.seconds.labels(path).observe(seconds)
         about = {"method": scope["method"], "path": scope["path"], "status": status, "seconds": round(seconds, 4)}
-        LOG.log(logging.DEBUG if scope["path"] in PUBLIC else logging.INFO, "request", extra={"fields": fields | about})
+        quiet = scope["path"] in PUBLIC or PAGE.fullmatch(scope["path"])  # what is done on the page has lines of its own
+        LOG.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": fields | about})
 
 
 def _authorization(headers: Headers) -> bytes:

@@ -66,6 +66,16 @@ class Keys:
         found = [hmac.compare_digest(given, one) for one in self._digests]
         return scheme.lower() == b"bearer" and any(found)
 
+    def token(self, key: str) -> str | None:
+        """What a browser keeps in place of a key, and which opens the page alone; None for a key that is unknown."""
+        given = _digest(key.encode())
+        found = [_token(one) for one in self._digests if hmac.compare_digest(given, one)]
+        return found[0] if found else None
+
+    def fit_token(self, token: str) -> bool:
+        """Whether it is that of one of the keys."""
+        return any([hmac.compare_digest(token.encode(), _token(one).encode()) for one in self._digests])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -76,10 +86,16 @@ class Settings:
     """Without any, everybody may ask."""
     log_prompts: bool = False
     moderation: Moderation | None = None
+    page: bool = False
+    """Whether there is a page for people at `/`; it needs Gradio."""
 
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
+
+
+def _token(digest: bytes) -> str:
+    return hmac.digest(digest, b"page", "sha256").hex()
 
 
 def read_keys(file: Path | None, *, environment: Mapping[str, str]) -> Keys:
