@@ -122,7 +122,7 @@ class Guard:
         self.metrics.requests.labels(path, str(status)).inc()
         self.metrics.seconds.labels(path).observe(seconds)
         about = {"method": scope["method"], "path": scope["path"], "status": status, "seconds": round(seconds, 4)}
-        quiet = scope["path"] in PUBLIC or PAGE.fullmatch(scope["path"])  # what is done on the page has lines of its own
+        quiet = scope["path"] in PUBLIC or PAGE.fullmatch(scope["path"])  # acts on the page have lines of their own
         LOG.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": fields | about})
 
 

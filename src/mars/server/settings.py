@@ -74,7 +74,8 @@ class Keys:
 
     def fit_token(self, token: str) -> bool:
         """Whether it is that of one of the keys."""
-        return any([hmac.compare_digest(token.encode(), _token(one).encode()) for one in self._digests])
+        found = [hmac.compare_digest(token.encode(), _token(one).encode()) for one in self._digests]
+        return any(found)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from tests.server.conftest import Running, running
 HOW: list[Any] = ["", "1", 2.0, 0.6, 0, 1.0, 1]
 """Negative prompt, seed, guidance, temperature, top-k, top-p, candidates."""
 
+
 def is_unchanged(shown: Any) -> bool:
     """Whether what is shown stays as it is."""
     return isinstance(shown, dict) and shown.get("__type__") == "update" and "value" not in shown

@@ -39,10 +39,10 @@ class Visit:
         self.trouble: list[str] = []
         self.hosts: set[str] = set()
         page.set_default_timeout(WAIT)
-        page.on("console", lambda one: one.type in ("error", "warning") and self.trouble.append(one.text))
+        page.on("console", lambda one: self.trouble.extend([one.text] * (one.type in ("error", "warning"))))
         page.on("pageerror", lambda one: self.trouble.append(str(one)))
         page.on("request", lambda one: self.hosts.add(one.url.split("/")[2]) if "://" in one.url else None)
-        page.on("response", lambda one: one.status >= 400 and self.trouble.append(f"{one.status} {one.url}"))
+        page.on("response", lambda one: self.trouble.extend([f"{one.status} {one.url}"] * (one.status >= 400)))
         page.goto(f"http://127.0.0.1:{port}/")
         page.wait_for_selector(".mars-go")
 
@@ -56,9 +56,7 @@ class Visit:
         return self.end()
 
     def end(self) -> str:
-        self.page.wait_for_function(
-            "() => [...document.querySelectorAll('.mars-status')].some(one => one.offsetParent && one.dataset.kind === 'busy')"
-        )
+        self.seen(".mars-status[data-kind=busy]").wait_for()
         line = self.page.locator(".mars-status:is([data-kind=done], [data-kind=error]) >> visible=true").first
         line.wait_for()
         return str(line.inner_text())
@@ -103,7 +101,7 @@ def shipped() -> Iterator[Running]:
 def test_somebody_draws_edits_describes_and_writes_in_chinese(shipped: Running, screen: dict[str, int]) -> None:
     with visiting(shipped, viewport=screen, locale="zh-CN") as visit:
         page = visit.page
-        assert page.evaluate("document.documentElement.lang") == "zh"
+        assert page.evaluate("document.documentElement.lang").startswith("zh")
         page.fill("#prompt textarea", "红苹果")
         visit.count(2)
         visit.seen(".mars-go").click()
@@ -156,7 +154,8 @@ def test_everything_can_be_done_without_a_mouse(paged: Running, tmp_path: Path) 
         for _ in range(60):
             keyboard.press("Tab")
             reached.append(page.evaluate("document.activeElement.outerHTML.slice(0, 90)"))
-        for part in ("mars-chip", "mars-go", "mars-cell", 'data-do="edit"', "mars-thumb", "mars-language", "mars-theme"):
+        parts = "mars-chip", "mars-go", "mars-cell", 'data-do="edit"', "mars-thumb", "mars-language", "mars-theme"
+        for part in parts:
             assert any(part in one for one in reached), part
         page.focus("[data-do=edit]")
         keyboard.press("Enter")
@@ -216,33 +215,34 @@ def test_what_runs_can_be_stopped_and_what_was_shown_stays(paged: Running) -> No
 
 
 def test_a_picture_is_upscaled_on_the_page(tiny_upscaler: Path) -> None:
-    with running(MarsPipeline.from_pretrained(tiny_upscaler), Settings(page=True)) as found:
-        with visiting(found, locale="en-US") as visit:
-            visit.page.fill("#prompt textarea", "a cat")
-            visit.count(2)
-            assert visit.go().startswith("Done")
-            visit.page.locator(".mars-cell").nth(1).click()
-            visit.seen("[data-do=upscale]").click()
-            assert visit.end().startswith("Done")
-            (large,) = visit.pictures()
-            assert large.size == (96, 64)
-            assert int(large.info["seed"]) > 0
+    pipe = MarsPipeline.from_pretrained(tiny_upscaler)
+    with running(pipe, Settings(page=True)) as found, visiting(found, locale="en-US") as visit:
+        visit.page.fill("#prompt textarea", "a cat")
+        visit.count(2)
+        assert visit.go().startswith("Done")
+        seeds = [one.info["seed"] for one in visit.pictures()]
+        visit.page.locator(".mars-cell").nth(1).click()
+        visit.seen("[data-do=upscale]").click()
+        assert visit.end().startswith("Done")
+        (large,) = visit.pictures()
+        assert large.size == (96, 64)
+        assert large.info["seed"] == seeds[1]
 
 
 def test_a_key_opens_the_page_in_a_browser(tiny_model: Path) -> None:
-    with running(MarsPipeline.from_pretrained(tiny_model), Settings(page=True, keys=Keys(["s3cret"]))) as found:
-        with sync_api.sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-            page = browser.new_context(locale="zh-CN", color_scheme="dark").new_page()
-            page.set_default_timeout(WAIT)
-            page.goto(found.url)
-            page.keyboard.type("wrong")
-            page.keyboard.press("Enter")
-            page.get_by_text("服务器不认识这个密钥。").wait_for()
-            page.keyboard.type("s3cret")
-            page.keyboard.press("Enter")
-            page.wait_for_selector(".mars-go")
-            page.fill("#prompt textarea", "x")
-            page.keyboard.press("Control+Enter")
-            page.wait_for_selector(".mars-status[data-kind=done]")
-            browser.close()
+    pipe, settings = MarsPipeline.from_pretrained(tiny_model), Settings(page=True, keys=Keys(["s3cret"]))
+    with running(pipe, settings) as found, sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_context(locale="zh-CN", color_scheme="dark").new_page()
+        page.set_default_timeout(WAIT)
+        page.goto(found.url)
+        page.keyboard.type("wrong")
+        page.keyboard.press("Enter")
+        page.get_by_text("服务器不认识这个密钥。").wait_for()
+        page.keyboard.type("s3cret")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".mars-go")
+        page.fill("#prompt textarea", "x")
+        page.keyboard.press("Control+Enter")
+        page.wait_for_selector(".mars-status[data-kind=done]")
+        browser.close()

@@ -22,7 +22,7 @@ from mars.server.settings import Keys
 
 COOKIE, LANGUAGE_COOKIE = "mars_key", "mars_language"
 SIGN_IN = "/sign-in"
-_OPEN = re.compile(r"config|theme\.css|(assets|static)/.*|gradio_api/(queue/join|queue/data|cancel|reset|startup-events)")
+_OPEN = re.compile(r"config|theme\.css|(assets|static)/.*|gradio_api/(queue/(join|data)|cancel|reset|startup-events)")
 """What of Gradio is reached, beside the page itself."""
 _ADVERTISING = re.compile(r'<meta\s+(property|name)="(og|twitter):[^>]*>|<link rel="manifest"[^>]*>')
 """Gradio's own, which would be shown where a link to the page is sent; the manifest is none of ours."""

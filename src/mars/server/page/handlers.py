@@ -4,9 +4,8 @@ Each is an asynchronous generator of what is shown and how it goes. Pictures com
 kept between two calls.
 """
 
-import io
 import json
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,12 +15,13 @@ from PIL import Image
 
 from mars.errors import ImageError, RequestError
 from mars.generation.sampling import Sampling
-from mars.picture import GeneratedImage, read_picture
+from mars.picture import GeneratedImage
 from mars.pipeline import MarsPipeline
 from mars.pipeline.drawings import Drawn, Preview
 from mars.pipeline.editing import edit_order
 from mars.pipeline.orders import DEFAULT_SAMPLING, Order, draw_order, upscale_order
-from mars.pipeline.writing import HalfDrawn, Painted, Said, Words as Text, captioning, document, reply
+from mars.pipeline.writing import HalfDrawn, Painted, Said, captioning, document, reply
+from mars.pipeline.writing import Words as Text
 from mars.server.page.action import NOTHING, Action, PageError, Shown, Status
 from mars.server.page.words import LANGUAGES, Words
 from mars.server.pictures import data_url, encode, from_data_url, read, read_page, read_with_mask

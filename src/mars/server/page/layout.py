@@ -1,7 +1,6 @@
 """What is where on the page, in one language, and what is called when something is pressed."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
@@ -17,25 +16,23 @@ PICTURES = 4
 """Unless somebody says how many."""
 
 
-class Part(gr.HTML):
+def part(name: str, *arguments: object, inside: str = "") -> gr.HTML:
     """An element that `mars.<name>` of page.js fills; its value is JSON."""
-
-    def __init__(self, name: str, *, arguments: Sequence[object] = (), inside: str = "", **options: Any) -> None:
-        given = f"({json.dumps(list(arguments))[1:-1]})" if arguments else ""
-        super().__init__(
-            html_template=f'<div class="mars-{name}">{inside}</div>',
-            js_on_load=f'mars.{name}{given}(element, props, watch, trigger); // "upscale" "recall"',
-            apply_default_css=False,
-            **options,
-        )
+    given = f"({json.dumps(arguments)[1:-1]})" if arguments else ""
+    return gr.HTML(
+        html_template=f'<div class="mars-{name}">{inside}</div>',
+        js_on_load=f'mars.{name}{given}(element, props, watch, trigger); // "upscale" "recall": Gradio looks for names',
+        apply_default_css=False,
+    )
 
 
 def build(service: Service, language: str) -> gr.Blocks:
     """The page; it is not mounted yet."""
     say = Words(language)
     handlers = Handlers(service, say)
-    with gr.Blocks(title=say("title"), analytics_enabled=False, fill_width=True) as page:
-        Part("header", inside=_header(service, say))
+    page = gr.Blocks(title=say("title"), analytics_enabled=False, fill_width=True)
+    with page:
+        part("header", inside=_header(service, say))
         with gr.Tabs(elem_classes="mars-tabs"):
             with gr.Tab(say("tab_draw"), id="draw", elem_id="tab-draw", render_children=True):
                 fields, status = _draw_tab(handlers, say)
@@ -45,7 +42,7 @@ def build(service: Service, language: str) -> gr.Blocks:
                 _describe_tab(handlers, say)
             with gr.Tab(say("tab_write"), id="write", elem_id="tab-write", render_children=True):
                 _write_tab(handlers, say)
-        shelf = Part("shelf")
+        shelf = part("shelf")
         shelf.recall(handlers.recall, [shelf], [*fields, status], **QUIET)
     page.queue(default_concurrency_limit=None, max_size=service.settings.limits.queue)
     return page
@@ -55,8 +52,9 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def _header(service: Service, say: Words) -> str:
+    name = "".join(one if one.isalnum() or one in " .-_/" else f"&#{ord(one)};" for one in service.name)
     return (
-        f'<span class="mars-mark" aria-hidden="true"></span><h1>MARS</h1><span class="mars-model">{service.name}</span>'
+        f'<span class="mars-mark" aria-hidden="true"></span><h1>MARS</h1><span class="mars-model">{name}</span>'
         f'<a class="mars-language" href="../{say.other}/" lang="{say.other}" title="{say("other_language_hint")}">'
         f'{say("other_language")}</a><button type="button" class="mars-theme" aria-label="{say("theme")}"></button>'
     )
@@ -66,7 +64,7 @@ def _cannot_upscale(service: Service, say: Words) -> str:
     return "" if service.pipe.model.info.upscale else say("cannot_upscale", model=service.name)
 
 
-def _draw_tab(handlers: Handlers, say: Words) -> tuple[list[gr.components.Component], Part]:
+def _draw_tab(handlers: Handlers, say: Words) -> tuple[list[gr.components.Component], gr.HTML]:
     """Returns what `recall` fills, and where it says so."""
     service = handlers.service
     with gr.Row(elem_classes="mars-columns"):
@@ -75,14 +73,14 @@ def _draw_tab(handlers: Handlers, say: Words) -> tuple[list[gr.components.Compon
                 label=say("prompt"), placeholder=say("prompt_hint"), lines=3, max_lines=8, elem_id="prompt",
                 max_length=service.settings.limits.prompt, autofocus=True,
             )  # fmt: skip
-            Part("examples", arguments=[EXAMPLES[say.language]])
+            part("examples", EXAMPLES[say.language])
             with gr.Row(elem_classes="mars-go-row"):
                 go, stop = _buttons(say, "go_draw")
             count = _count(service, say, PICTURES)
             size = _size(service, say)
             how = _settings(say)
         with gr.Column(scale=7, min_width=320):
-            status = Part("status")
+            status = part("status")
             gallery = _gallery("drawn", service, say)
     drawing = gr.on(
         [go.click], handlers.draw, [prompt, count, size, *how], [gallery, status], **QUIET
@@ -91,11 +89,11 @@ def _draw_tab(handlers: Handlers, say: Words) -> tuple[list[gr.components.Compon
     return [prompt, *how], status
 
 
-def _gallery(name: str, service: Service, say: Words) -> Part:
-    return Part("gallery", arguments=[name, _cannot_upscale(service, say)])
+def _gallery(name: str, service: Service, say: Words) -> gr.HTML:
+    return part("gallery", name, _cannot_upscale(service, say))
 
 
-def _after(handlers: Handlers, gallery: Part, status: Part, stop: gr.Button, drawing: Any, *, name: str) -> None:
+def _after(handlers: Handlers, gallery: gr.HTML, status: gr.HTML, stop: gr.Button, drawing: Any, *, name: str) -> None:
     """What follows a drawing: it is stopped, or one of its pictures is upscaled."""
     upscaling = gallery.upscale(
         handlers.upscale, [gallery], [gallery, status], js=f"() => [mars.picked('{name}')]", **QUIET
@@ -103,7 +101,7 @@ def _after(handlers: Handlers, gallery: Part, status: Part, stop: gr.Button, dra
     _stopping(handlers, stop, status, [drawing, upscaling])
 
 
-def _stopping(handlers: Handlers, stop: gr.Button, status: Part, events: list[Any]) -> None:
+def _stopping(handlers: Handlers, stop: gr.Button, status: gr.HTML, events: list[Any]) -> None:
     text = json.dumps({"kind": "done", "text": handlers.say("stopped")})
     stop.click(None, None, [status], cancels=events, js=f"() => ({text})", **QUIET)
 
@@ -143,7 +141,7 @@ def _edit_tab(handlers: Handlers, say: Words) -> None:
     ways = [(say(f"how_{way}"), way) for way in ("paint", "extend", "vary")]
     with gr.Row(elem_classes="mars-columns"):
         with gr.Column(scale=5, min_width=320):
-            painted = Part("painter")
+            painted = part("painter")
             way = gr.Radio(ways, value="paint", label=say("how"))
             with gr.Group(visible=False) as around:
                 sides = gr.CheckboxGroup(
@@ -160,7 +158,7 @@ def _edit_tab(handlers: Handlers, say: Words) -> None:
             count = _count(handlers.service, say, 2)
             how = _settings(say)
         with gr.Column(scale=7, min_width=320):
-            status = Part("status")
+            status = part("status")
             gallery = _gallery("edited", handlers.service, say)
     way.change(
         None, [way], [around, strength],
@@ -174,12 +172,12 @@ def _edit_tab(handlers: Handlers, say: Words) -> None:
 def _describe_tab(handlers: Handlers, say: Words) -> None:
     with gr.Row(elem_classes="mars-columns"):
         with gr.Column(scale=5, min_width=320):
-            picture = Part("picture", arguments=["described"])
+            picture = part("picture", "described")
             with gr.Row(elem_classes="mars-go-row"):
                 go, stop = _buttons(say, "go_describe")
         with gr.Column(scale=7, min_width=320):
-            status = Part("status")
-            captions = Part("captions")
+            status = part("status")
+            captions = part("captions")
     describing = go.click(handlers.describe, [picture], [captions, status], **QUIET)
     _stopping(handlers, stop, status, [describing])
 
@@ -187,16 +185,14 @@ def _describe_tab(handlers: Handlers, say: Words) -> None:
 def _write_tab(handlers: Handlers, say: Words) -> None:
     service = handlers.service
     with gr.Column(elem_classes="mars-talk"):
-        story = Part("story")
-        status = Part("status")
+        story = part("story")
+        status = part("status")
         text = gr.Textbox(
             label=say("say"), placeholder=say("say_hint"), lines=2, max_lines=8,
             max_length=service.settings.limits.prompt,
         )  # fmt: skip
-        picture = Part("picture", arguments=["told"])
-        way = gr.Radio(
-            [(say("with_both"), "both"), (say("with_text"), "text")], value="both", label=say("answer_with")
-        )
+        picture = part("picture", "told")
+        way = gr.Radio([(say("with_both"), "both"), (say("with_text"), "text")], value="both", label=say("answer_with"))
         most = _count(service, say, 1)
         with gr.Row(elem_classes="mars-go-row"):
             go, stop = _buttons(say, "go_write")

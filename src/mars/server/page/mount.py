@@ -14,7 +14,7 @@ from mars.server.page.words import LANGUAGES
 from mars.server.service import Service
 
 PAUSE = 0.02
-"""Seconds between two looks of Gradio's queue for something to do: with its own millisecond it never lets a core rest."""
+"""Seconds between two looks of Gradio's queue for something to do: with its own millisecond a core never rests."""
 SESSIONS = 64
 """Of how many pages Gradio remembers what they sent; nothing of ours asks for it again."""
 
@@ -34,7 +34,7 @@ def add_page(app: FastAPI, service: Service) -> None:
             page.run_startup_events()
             await page.run_extra_startup_events()
 
-    functions = frozenset(number for number, one in pages[0].fns.items() if one.fn is not None)  # alike in all languages
+    functions = frozenset(number for number, one in pages[0].fns.items() if one.fn is not None)  # as of all languages
     app.add_middleware(Door, page=gradio, start=start, functions=functions, keys=service.settings.keys)
 
 
@@ -44,7 +44,8 @@ def _mounted(gradio: FastAPI, service: Service, language: str) -> gr.Blocks:
     queue = page._queue
     queue.sleep_when_free = PAUSE
     queue.progress_update_sleep_when_free = 60.0  # there is no progress but what the page itself tells
-    queue.ANALYTICS_MAX_EVENTS, queue.ANAYLTICS_CACHE_FREQUENCY = 1, sys.maxsize  # no table of what was asked, by pandas
+    queue.ANAYLTICS_CACHE_FREQUENCY = sys.maxsize  # no table of what was asked, which pandas would make each time
+    queue.ANALYTICS_MAX_EVENTS = 1
     gr.mount_gradio_app(
         gradio, page, path=f"/{language}", theme=theme(), footer_links=[], run_history=False, show_error=False,
         ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,

@@ -111,7 +111,8 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "no_side": ("Choose a side to extend.", "请选择要扩展的方向。"),
     "bad_seed": ("The seed must be a whole number from 0 on, or empty.", "种子须为不小于 0 的整数，或留空。"),
     "bad_picture": (
-        "This picture cannot be read; give a PNG, JPEG or WebP file.", "无法读取这张图片，请使用 PNG、JPEG 或 WebP 文件。",
+        "This picture cannot be read; give a PNG, JPEG or WebP file.",
+        "无法读取这张图片，请使用 PNG、JPEG 或 WebP 文件。",
     ),
     "bad_request": ("The page sent what cannot be used; load it again.", "页面发送的内容无效，请刷新页面。"),
     "no_settings": ("This picture does not say how it was drawn.", "这张图片没有记录绘制方式。"),
