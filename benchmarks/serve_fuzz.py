@@ -3,7 +3,8 @@
     python -m benchmarks.serve_fuzz [--requests 10000] [--seed 0] [--threads 8] [--model FOLDER] [--out FILE.json]
 
 No answer may be of the 500s, nothing may be logged as a failure, the server must live, draw the picture that it drew
-before, hold nothing in its queue, and not grow: what it holds at least is compared between the second quarter of the requests and the last.
+before, hold nothing in its queue, and give memory back: the least that it held in the last quarter of the requests is
+compared with the least in the second.
 """
 
 import argparse
