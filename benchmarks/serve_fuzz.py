@@ -3,7 +3,8 @@
     python -m benchmarks.serve_fuzz [--requests 10000] [--seed 0] [--threads 8] [--model FOLDER] [--out FILE.json]
 
 No answer may be of the 500s, nothing may be logged as a failure, the server must live, draw the picture that it drew
-before, hold nothing in its queue, and not grow: the slope of its memory over the last half is told and bounded.
+before, hold nothing in its queue, and give memory back: the least that it held in the last quarter of the requests is
+compared with the least in the second.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.hostile_requests import Hostile, hostile
-from benchmarks.server_process import Server, idle, lines, server, slope
+from benchmarks.server_process import Server, idle, lines, server
 
 SECONDS = 300.0
 """For one answer."""
@@ -109,9 +110,9 @@ def run(found: Found, running: Server, *, requests: int, seed: int, threads: int
 
 
 def growth(memory: list[int], *, requests: int) -> float:
-    """Bytes a request over the last half."""
-    half = memory[len(memory) // 2 :]
-    return slope(half) * len(memory) / requests
+    """Bytes a request: how much lower than its lowest in the last quarter the lowest in the second quarter was."""
+    quarter = len(memory) // 4
+    return (min(memory[-quarter:]) - min(memory[quarter : 2 * quarter])) / (requests / 2)
 
 
 def main(arguments: list[str] | None = None) -> None:
