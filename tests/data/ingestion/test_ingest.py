@@ -246,7 +246,10 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path, picture_file: Callab
                     member = tarfile.TarInfo(f"{number}.png")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-        command = [sys.executable, "-c", PEAK, str(path), str(tmp_path / f"out-{count}")]
-        peaks.append(int(subprocess.run(command, capture_output=True, check=True, env=os.environ).stdout))
+        runs = []
+        for attempt in range(2):  # allocators and threads add megabytes to some runs
+            command = [sys.executable, "-c", PEAK, str(path), str(tmp_path / f"out-{count}-{attempt}")]
+            runs.append(int(subprocess.run(command, capture_output=True, check=True, env=os.environ).stdout))
+        peaks.append(min(runs))
     print(kind, [peak // 1024 for peak in peaks], "MB")
     assert peaks[1] - peaks[0] < 12_000, peaks
