@@ -188,7 +188,8 @@ class StageConfig:
     recompute: bool = False
     """Keep no activations inside layers, and compute them again backward: less memory, about a third more time."""
     compile: bool = False
-    """Layers are compiled by torch.compile: minutes at the start; worth it on GPUs (on CPUs hardly, measured)."""
+    """Layers are compiled by torch.compile: minutes at the start; worth it on GPUs, and on CPUs where
+    pictures have many codes (measured at 256: 5.3 s a step without, 3.9 s with)."""
     peak_tflops: float | None = None
     """What the device can do, to which MFU is relative; null measures one large product."""
     report_every: int = 10
