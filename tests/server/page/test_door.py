@@ -1,4 +1,5 @@
 import re
+import socket
 from typing import Any
 
 import httpx2
@@ -86,6 +87,12 @@ def test_hostile_calls_of_the_queue_are_no_failures_of_ours(paged: Running) -> N
         assert 400 <= answer.status_code < 500, (body, answer.text)
     with paged.client() as client:
         assert client.images.generate(prompt="x").data
+
+
+def test_an_address_without_a_slash_is_no_failure_of_ours(paged: Running) -> None:
+    with socket.create_connection(("127.0.0.1", paged.port), timeout=60) as connection:
+        connection.sendall(b"OPTIONS * HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert connection.recv(4096).split()[1] == b"404"
 
 
 def test_with_keys_the_page_asks_for_one(start: Start) -> None:

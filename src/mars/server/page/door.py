@@ -60,8 +60,9 @@ class Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI calls it."""
-        _, language, *rest = scope.get("path", "").split("/", 2)
-        if scope["type"] == "http" and (language in LANGUAGES or scope["path"] in ("/", SIGN_IN)):
+        path = scope.get("path", "")  # `*` of "PRI * HTTP/2.0" has no slash
+        language, *rest = path.removeprefix("/").split("/", 1)
+        if scope["type"] == "http" and (language in LANGUAGES or path in ("/", SIGN_IN)):
             answer = await self._answer(Request(scope, receive), language, rest)
             await answer(scope, receive, send)
         else:
