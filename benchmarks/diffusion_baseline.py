@@ -44,7 +44,7 @@ from benchmarks.diffusion_model import (
     width_for,
 )
 from benchmarks.train_step import CPU_ATTENTION
-from mars.checkpoint import codes_digest, copy_tensors, read_json, read_tensors, save_tensors, write_json
+from mars.checkpoint import codes_digest, copy_tensors, read_tensors, save_tensors, write_json
 from mars.config import load_config
 from mars.data.crops import Sizes
 from mars.errors import ConfigError, DataError
@@ -53,7 +53,7 @@ from mars.model.costs import FlopCount, image_tokenizer_flops
 from mars.training.optim import Average, optimizer_tensors, restore_optimizers
 from mars.training.process import STATE
 from mars.training.runlog import RunLog
-from mars.training.runstate import FILE, check_finite, check_files, read_state, write_state
+from mars.training.runstate import FILE, check_files, check_finite, read_state, write_state
 from mars.training.setup import Opened, open_stage
 from mars.training.stages import StageConfig
 
@@ -134,7 +134,9 @@ class Baseline:
             save_tensors(path, {"latents": found})
         latents = read_tensors(path)["latents"]
         if len(latents) != len(self.loader):
-            raise DataError(f"{path} holds {len(latents)} pictures, but the shards {len(self.loader)}; remove {self.out}")
+            raise DataError(
+                f"{path} holds {len(latents)} pictures, but the shards {len(self.loader)}; remove {self.out}"
+            )
         return latents
 
     def _about(self, opened: Opened) -> dict[str, Any]:
@@ -238,7 +240,9 @@ class Baseline:
                 self.loss += 0.01 * (loss - self.loss) if self.step > 1 else loss
                 if self.step % report_every == 0:
                     log.write(self.step, {"loss": loss, "smooth_loss": self.loss} | self._costs())
-                    self.notify(f"step {self.step}/{steps}  loss {self.loss:.4f}  {self.seconds / self.step:.2f} s a step")
+                    self.notify(
+                        f"step {self.step}/{steps}  loss {self.loss:.4f}  {self.seconds / self.step:.2f} s a step"
+                    )
                 if self.step in snapshots or self.step == steps:
                     self._snapshot()
                 if time.perf_counter() - saved > 60 * save_minutes:
@@ -313,9 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     run = Baseline(stage, recipe, pictures=given.pictures, out=given.out, size=given.size, notify=say)
     say(f"{run.about['parameters'] / 1e6:.1f} M parameters (ours: {run.about['our_parameters'] / 1e6:.1f} M)")
-    run.train(
-        given.steps, snapshots=given.snapshots, save_minutes=given.save_minutes, stopping=lambda: bool(stopped)
-    )
+    run.train(given.steps, snapshots=given.snapshots, save_minutes=given.save_minutes, stopping=lambda: bool(stopped))
     say(f"{given.out} is saved at step {run.step}")
 
 

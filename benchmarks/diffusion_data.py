@@ -72,17 +72,20 @@ def make_latents(
     for some in _batches(one for path in pictures for one in read_pictures(path) if one.record.key in places):
         images = torch.stack([_image(one, sizes) for one in some])
         vectors_BZRC = image_tokenizer.to_vectors(images)
-        codes_BRC = image_tokenizer.quantizer.encode(vectors_BZRC.permute(0, 2, 3, 1).flatten(0, 2))
-        for one, vectors_ZRC, codes_RC in zip(some, vectors_BZRC, codes_BRC.view(len(some), rows, columns), strict=True):
-            latents[places[one.record.key]] = vectors_ZRC.half()
-            right += int((codes_RC.numpy() == wanted[places[one.record.key]].codes).sum())
+        codes_N = image_tokenizer.quantizer.encode(vectors_BZRC.permute(0, 2, 3, 1).flatten(0, 2))
+        codes_BRC = codes_N.view(len(some), rows, columns).numpy()
+        for one, vectors_ZRC, codes_RC in zip(some, vectors_BZRC, codes_BRC, strict=True):
+            place = places[one.record.key]
+            latents[place] = vectors_ZRC.half()
+            right += int((codes_RC == wanted[place].codes).sum())
             missing.discard(one.record.key)
     if missing:
         raise DataError(f"{len(missing)} pictures of the code shards are in none of the picture shards: {min(missing)}")
-    if right < AGREE * len(wanted) * rows * columns:
+    share = right / (len(wanted) * rows * columns)
+    if share < AGREE:
         raise DataError(
-            f"picture shards must hold what the code shards were made from, but {right / len(wanted) / rows / columns:.0%} "
-            "of the codes agree; name the same pictures, size and image tokenizer"
+            f"picture shards must hold what the code shards were made from, but {share:.0%} of the codes agree; "
+            "name the same pictures, size and image tokenizer"
         )
     return latents
 

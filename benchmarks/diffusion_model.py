@@ -35,7 +35,7 @@ NOISE = {
     "rescale_betas_zero_snr": True,
     "timestep_spacing": "trailing",
 }
-"""Stable Diffusion's betas, rescaled (Lin et al. 2023: Common Diffusion Noise Schedules and Sample Steps are Flawed)."""
+"""Stable Diffusion's betas, rescaled to end in pure noise (Lin et al. 2023: Common Diffusion Noise Schedules ...)."""
 STEPS, GUIDANCE = 25, 3.0
 """Of sampling."""
 GROUPS = 16
@@ -112,7 +112,9 @@ def predict(unet: UNet2DConditionModel, noisy_BZRC: Tensor, times: Tensor, text:
     """The U-Net's v (B, Z, R, C), for normalised states (B, T, D) and which of their positions are real (B, T)."""
     noisy_BZRC = noisy_BZRC.contiguous(memory_format=torch.channels_last)
     with autocast():
-        found = unet(noisy_BZRC, times, encoder_hidden_states=text[0], encoder_attention_mask=text[1], return_dict=False)
+        found = unet(
+            noisy_BZRC, times, encoder_hidden_states=text[0], encoder_attention_mask=text[1], return_dict=False
+        )
     v_BZRC: Tensor = found[0]
     return v_BZRC.float()
 
