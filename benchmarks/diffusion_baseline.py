@@ -232,7 +232,7 @@ class Baseline:
         saved = time.perf_counter()
         with closing(RunLog(self.out, step=self.step)) as log:
             while self.step < steps and not stopping():
-                if self.step % LOOKAHEAD == 0 or self.step == 0 or not self._ready():
+                if any(text not in self.text.states for text in self._captions(self.step)[1]):
                     self._read_ahead(self.step)
                 started = time.perf_counter()
                 loss = self.train_step()
@@ -250,9 +250,6 @@ class Baseline:
                     saved = time.perf_counter()
         self.save()
         return self.step >= steps
-
-    def _ready(self) -> bool:
-        return all(text in self.text.states for text in self._captions(self.step)[1])
 
     def _costs(self) -> dict[str, float]:
         """What was spent up to now. Text and latents, which are computed once, are told apart."""
