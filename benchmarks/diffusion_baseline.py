@@ -9,12 +9,13 @@ Model and recipe: `diffusion_model.py`. AdamW at a constant rate after a warm-up
 products where the CPU has units for them.
 
     RUN/baseline.json, scales.safetensors    what the model is; sizes; FLOPs of what is computed once
-    RUN/latents.safetensors, text/           what is computed once (`diffusion_data.py`); seconds and FLOPs apart
+    RUN/latents.safetensors, text/           what is computed once (`diffusion_data.py`), its FLOPs told apart
     RUN/snapshots/step-000500/               averaged weights (fp16), and what they cost: steps, samples, FLOPs, seconds
     RUN/last/                                what a run that was stopped goes on from; the same command again does so
     RUN/log.jsonl
 
-FLOPs are those of the products of forward and backward, counted by PyTorch once per shape of a step.
+FLOPs are those of the products of forward and backward, counted by PyTorch once per shape of a step. Seconds are those
+of steps, reading captions included, as in the log of our own training.
 """
 
 import argparse
@@ -105,7 +106,9 @@ class Baseline:
         self.reading = FlopCount(opened.transformer)
         self.latents_NZRC = self._latents(opened, pictures, size=size)
         self.about = self._about(opened)
+        started = time.perf_counter()
         self._read_ahead(0)
+        self.step, self.flops, self.seconds, self.loss = 0, 0, time.perf_counter() - started, 0.0
         self.scales = self._scales()
         torch.manual_seed(stage.seed)
         self.unet = build_unet(self.about["unet"]).train()
@@ -115,7 +118,6 @@ class Baseline:
             self.weights.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
         )
         self.noising = noising()
-        self.step, self.flops, self.seconds, self.loss = 0, 0, 0.0, 0.0
         self.flops_of: dict[tuple[int, ...], int] = {}
         """Of a step, by its shape."""
         data = {"batch_size": stage.batch_size, "seed": stage.seed, "guidance_dropout": stage.guidance_dropout}
@@ -232,9 +234,9 @@ class Baseline:
         saved = time.perf_counter()
         with closing(RunLog(self.out, step=self.step)) as log:
             while self.step < steps and not stopping():
+                started = time.perf_counter()
                 if any(text not in self.text.states for text in self._captions(self.step)[1]):
                     self._read_ahead(self.step)
-                started = time.perf_counter()
                 loss = self.train_step()
                 self.seconds += time.perf_counter() - started
                 self.loss += 0.01 * (loss - self.loss) if self.step > 1 else loss
@@ -305,15 +307,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     stage = load_config(StageConfig, given.config, given.set)
     recipe = Recipe(learning_rate=given.rate, average=given.average)
-    stopped: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: stopped.append(number))
 
     def say(line: str) -> None:
         print(line, flush=True)  # noqa: T201
 
     run = Baseline(stage, recipe, pictures=given.pictures, out=given.out, size=given.size, notify=say)
     say(f"{run.about['parameters'] / 1e6:.1f} M parameters (ours: {run.about['our_parameters'] / 1e6:.1f} M)")
+    stopped: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stopped.append(number))
     run.train(given.steps, snapshots=given.snapshots, save_minutes=given.save_minutes, stopping=lambda: bool(stopped))
     say(f"{given.out} is saved at step {run.step}")
 

@@ -2,8 +2,8 @@
 
 Ours are the checkpoints that a run has kept: train with `keep` large and `save_every` as far apart as points of a curve
 should be. What a step learned is a function of its number and the seed, so its FLOPs are counted again here, from the
-examples that it drew (`model/costs.py`, forward and backward); its seconds are in the run's log. Reading captions with
-the frozen LLM, which both models do once per caption, is told apart in both.
+examples that it drew (`model/costs.py`, forward and backward); its seconds are in the run's log. The FLOPs of reading
+captions with the frozen LLM, which both models do once per caption, are told apart in both.
 """
 
 import json
@@ -44,7 +44,7 @@ class Snapshot:
     text_flops: int
     """Of reading each caption once; not part of `flops`."""
     seconds: float
-    """Of wall-clock time spent on steps."""
+    """Of wall-clock time spent on steps, reading captions included."""
 
     @property
     def name(self) -> str:
