@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.diffusion_data import TextStates, make_latents, padded, trained_pictures
 from benchmarks.diffusion_model import (
     NOISE,
+    NOISE_LEVELS,
     Scales,
     build_unet,
     count_parameters,
@@ -145,8 +146,9 @@ class Baseline:
         """What `baseline.json` holds."""
         channels, rows, columns = self.latents_NZRC.shape[1:]
         ours = sum(weight.numel() for weight in opened.transformer.visual_tensors().values())
-        shapes = {"latent": (channels, rows, columns), "text_width": opened.transformer.config.language.width}
-        unet = unet_config(**shapes, width=width_for(ours, **shapes))
+        latent, text_width = (channels, rows, columns), opened.transformer.config.language.width
+        width = width_for(ours, latent=latent, text_width=text_width)
+        unet = unet_config(latent=latent, text_width=text_width, width=width)
         return {
             "unet": unet,
             "parameters": count_parameters(unet),
@@ -192,7 +194,7 @@ class Baseline:
         generator = torch.Generator().manual_seed(self.stage.seed * 1_000_003 + self.step + 2**40)
         latents_BZRC = self.scales.latents(self.latents_NZRC[pictures].float())
         noise_BZRC = torch.randn(latents_BZRC.shape, generator=generator)
-        times = torch.randint(NOISE["num_train_timesteps"], (len(pictures),), generator=generator)
+        times = torch.randint(NOISE_LEVELS, (len(pictures),), generator=generator)
         noisy_BZRC = self.noising.add_noise(latents_BZRC, noise_BZRC, times)
         states_BTD, real_BT = padded([self.text.states[text].float() for text in texts])
         text = self.scales.text(states_BTD), real_BT

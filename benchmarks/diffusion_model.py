@@ -26,8 +26,9 @@ from mars.checkpoint import MarsModel, codes_digest, load_into, read_json, read_
 from mars.errors import CheckpointError
 from mars.evaluation.drawing import Drawing, batches
 
-NOISE = {
-    "num_train_timesteps": 1000,
+NOISE_LEVELS = 1000
+NOISE: dict[str, Any] = {
+    "num_train_timesteps": NOISE_LEVELS,
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",

@@ -262,7 +262,7 @@ def _told(found: Sequence[Found]) -> str:
 
 def names_of(picture: Picture, language: str) -> list[str]:
     """The name and all tags in a language, those that training never saw too."""
-    found = []
+    found: list[str] = []
     for kind in ("name", "tags", "paraphrase"):
         for caption in picture.record.captions:
             if (caption.language, caption.kind) == (language, kind):

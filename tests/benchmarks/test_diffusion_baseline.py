@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks import diffusion_baseline
 from benchmarks.diffusion_baseline import Baseline, Recipe
 from benchmarks.diffusion_data import caption_ids, make_latents, padded, read_states, trained_pictures
-from benchmarks.diffusion_model import DiffusionPainter, noising, open_painter, sample
+from benchmarks.diffusion_model import DiffusionPainter, count_parameters, noising, open_painter, sample, width_for
 from mars.checkpoint import MarsModel, load_image_tokenizer, read_json, read_tensors
 from mars.config import from_dict
 from mars.data.crops import Sizes
@@ -40,7 +40,7 @@ class Exact(nn.Module):
 @pytest.mark.parametrize(("mean", "deviation"), [(3.0, 0.01), (0.0, 1.0), (-1.0, 0.5)])
 def test_an_exact_prediction_gives_the_distribution_it_is_of(mean: float, deviation: float) -> None:
     noise = torch.randn(4, 8, 16, 16, generator=torch.Generator().manual_seed(1))
-    found = sample(Exact(mean, deviation), noise, TEXT, None)  # type: ignore[arg-type]
+    found = sample(Exact(mean, deviation), noise, TEXT, None)
     assert float(found.mean()) == pytest.approx(mean, abs=0.03)
     assert float(found.std()) == pytest.approx(deviation, abs=0.05)
 
@@ -53,10 +53,10 @@ def test_guidance_moves_away_from_the_empty_caption() -> None:
 
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     one, other = (TEXT[0] + 1, TEXT[1]), TEXT
-    plain = sample(Two(), noise, one, None)  # type: ignore[arg-type]
-    same = sample(Two(), noise, one, other, guidance=1.0)  # type: ignore[arg-type]
+    plain = sample(Two(), noise, one, None)
+    same = sample(Two(), noise, one, other, guidance=1.0)
     assert torch.allclose(plain, same, atol=1e-4)
-    assert float(sample(Two(), noise, one, other, guidance=2.0).mean()) > 1.5  # type: ignore[arg-type]
+    assert float(sample(Two(), noise, one, other, guidance=2.0).mean()) > 1.5
 
 
 def test_states_do_not_depend_on_what_is_read_beside_them(pipe: MarsPipeline) -> None:
@@ -137,9 +137,9 @@ def test_the_size_is_that_of_our_visual_side_and_latents_are_normal(baseline: Ca
     assert torch.allclose(latents.std(dim=(0, 2, 3)), torch.ones(8), atol=1e-3)
     assert torch.allclose(run.scales.vectors(latents), run.latents_NZRC.float(), atol=1e-3)
     widths = [run.about["unet"] | {"block_out_channels": [width, 2 * width, 2 * width]} for width in (16, 32)]
-    sizes = [diffusion_baseline.count_parameters(config) for config in widths]
+    sizes = [count_parameters(config) for config in widths]
     assert run.about["parameters"] == sizes[0] < sizes[1]
-    assert diffusion_baseline.width_for(sizes[1], latent=(8, 2, 3), text_width=32) == 32
+    assert width_for(sizes[1], latent=(8, 2, 3), text_width=32) == 32
 
 
 def test_a_snapshot_draws_the_same_picture_for_a_seed_whatever_is_drawn_beside_it(
