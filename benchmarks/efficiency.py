@@ -40,6 +40,7 @@ from mars.evaluation.features import EfficientNetLite0
 from mars.evaluation.metrics import hits, interval, resample
 from mars.evaluation.questions import LANGUAGES, Question
 from mars.evaluation.retrieval import DISTRIBUTION, Features, Gallery, Retrieval, ask
+from mars.files import file_digest
 from mars.generation.sampling import Sampling
 from mars.pipeline import MarsPipeline
 from mars.pipeline.orders import DEFAULT_SAMPLING
@@ -167,21 +168,22 @@ def measure(
     """Costs and scores of snapshots, in their order; those in `out` were measured before.
 
     Raises:
-        DataError: if `out` holds points that were measured with other settings.
+        DataError: if `out` holds points of other weights or settings.
     """
     points, reference = [], None
     for snapshot in snapshots:
         path = out / f"{snapshot.name}.json"
+        wanted = json.loads(json.dumps(settings | {"weights": file_digest(snapshot.weights)}))
         if path.is_file():
             known = read_json(path)
-            if known["settings"] != json.loads(json.dumps(settings)):
-                raise DataError(f"{path} was measured with other settings; name another folder with --out")
+            if known["settings"] != wanted:
+                raise DataError(f"{path} is of other weights or settings; name another folder with --out")
         else:
             reference = reference or judge.reference(open_snapshot(snapshots[-1]))
             painter, started = _Timed(open_snapshot(snapshot)), time.perf_counter()
             scores = judge.scores(painter, reference)
             drawing = {"drawing_seconds": painter.seconds / max(1, painter.pictures)}
-            known = {"settings": settings, "scores": scores, **drawing}
+            known = {"settings": wanted, "scores": scores, **drawing}
             write_json(path, known)
             say(f"{snapshot.name}: {time.perf_counter() - started:.0f} s, " + _line(scores))
         points.append({**snapshot.costs(), **{name: known[name] for name in ("scores", "drawing_seconds")}})
@@ -192,8 +194,7 @@ def _line(scores: dict[str, Any]) -> str:
     return ", ".join(f"{name} {one['value']:.3f}" for name, one in scores.items())
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures what was not measured yet, and writes the report."""
+def _read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ours", nargs="+", type=Path, required=True, help="stages of our run")
     parser.add_argument("--diffusion", type=Path, required=True, help="a run of the baseline")
@@ -208,14 +209,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="of the diffusion model's sampling")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/efficiency"))
-    given = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
 
-    def say(line: str) -> None:
-        print(line, flush=True)  # noqa: T201
 
+def _say(line: str) -> None:
+    print(line, flush=True)  # noqa: T201
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures what was not measured yet, and writes the report."""
+    given = _read_arguments(arguments)
     ours = spread(our_snapshots([load_config(StageConfig, path) for path in given.ours]), most=given.points)
     theirs = spread(diffusion_snapshots(given.diffusion), most=given.points)
-    last = MarsPipeline.from_pretrained(ours[-1].folder)
+    last = MarsPipeline.from_pretrained(ours[-1].weights.parent)
     judge = Judge(
         pictures=given.pictures, prompts=given.prompts, scenes=given.scenes, size=last.sizes[0][0], seed=given.seed
     )
@@ -225,7 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         DIFFUSION: {"guidance": given.guidance, "steps": given.steps, "decoder": last.model.visual_digest},
     }
     openers: dict[str, Open] = {
-        OURS: lambda one: Artist(pipe=MarsPipeline.from_pretrained(one.folder), sampling=sampling, seed=given.seed),
+        OURS: lambda one: Artist(
+            pipe=MarsPipeline.from_pretrained(one.weights.parent), sampling=sampling, seed=given.seed
+        ),
         DIFFUSION: lambda one: open_painter(
             given.diffusion,
             step=one.step,
@@ -242,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             judge=judge,
             settings=judge.settings() | how[family],
             out=given.out / "points",
-            say=say,
+            say=_say,
         )
         for family, snapshots in ((OURS, ours), (DIFFUSION, theirs))
     }
@@ -258,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_json(given.out / "efficiency.json", report)
     (given.out / "efficiency.md").write_text(markdown(report), "utf-8")
     draw_plot(report, given.out / "efficiency.png")
-    say(markdown(report))
+    _say(markdown(report))
 
 
 def _note(about: dict[str, Any], how: dict[str, Any]) -> str:

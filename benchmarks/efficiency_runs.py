@@ -34,7 +34,8 @@ class Snapshot:
 
     family: str
     """`OURS` or `DIFFUSION`."""
-    folder: Path
+    weights: Path
+    """The file with its weights."""
     step: int
     """Over all stages."""
     samples: int
@@ -53,7 +54,7 @@ class Snapshot:
 
     def costs(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return {name: value for name, value in asdict(self).items() if name != "folder"}
+        return {name: value for name, value in asdict(self).items() if name != "weights"}
 
 
 def our_snapshots(stages: Sequence[StageConfig]) -> list[Snapshot]:
@@ -63,7 +64,7 @@ def our_snapshots(stages: Sequence[StageConfig]) -> list[Snapshot]:
         DataError: if a run has left none.
     """
     found: list[Snapshot] = []
-    before = Snapshot(family=OURS, folder=Path(), step=0, samples=0, flops=0, text_flops=0, seconds=0.0)
+    before = Snapshot(family=OURS, weights=Path(), step=0, samples=0, flops=0, text_flops=0, seconds=0.0)
     read: set[tuple[int, ...]] = set()
     for stage in stages:
         folders = _checkpoints(stage)
@@ -108,7 +109,7 @@ def _stage_snapshots(
         if step + 1 in folders:
             yield Snapshot(
                 family=OURS,
-                folder=folders[step + 1],
+                weights=folders[step + 1] / "visual.safetensors",
                 step=before.step + step + 1,
                 samples=before.samples + samples[-1],
                 flops=before.flops + flops,
@@ -148,7 +149,7 @@ def diffusion_snapshots(run: Path) -> list[Snapshot]:
     for path in sorted((run / "snapshots").glob("step-*/snapshot.json")):
         table = read_json(path)
         costs = {name: table[name] for name in ("step", "samples", "flops", "text_flops", "seconds")}
-        found.append(Snapshot(family=DIFFUSION, folder=path.parent, **costs))
+        found.append(Snapshot(family=DIFFUSION, weights=path.with_name("unet.safetensors"), **costs))
     if not found:
         raise DataError(f"{run} holds no snapshots; make some with `python -m benchmarks.diffusion_baseline`")
     return found

@@ -40,7 +40,7 @@ def test_our_costs_are_those_of_the_examples_that_were_drawn(stage: Callable[...
         ]
         assert point.flops == sum(per_row)
         assert point.text_flops == sum(count.read_text(len(one)) for one in {tuple(one) for one in prompts})
-        assert (point.folder / "visual.safetensors").is_file()
+        assert point.weights.is_file()
     further = our_snapshots([config, config])  # as if a second stage had gone on
     assert [one.step for one in further] == [2, 4, 6, 8]
     assert further[-1].flops == 2 * points[-1].flops
@@ -55,9 +55,9 @@ def test_a_run_without_checkpoints_is_told(stage: Callable[..., dict[str, Any]],
         diffusion_snapshots(tmp_path)
 
 
-def snapshot(flops: int) -> Snapshot:
+def snapshot(flops: int, *, weights: Path = Path()) -> Snapshot:  # noqa: B008 - a constant
     return Snapshot(
-        family=DIFFUSION, folder=Path(), step=flops, samples=flops, flops=flops, text_flops=0, seconds=float(flops)
+        family=DIFFUSION, weights=weights, step=flops, samples=flops, flops=flops, text_flops=0, seconds=float(flops)
     )
 
 
@@ -120,11 +120,13 @@ def test_who_draws_the_truth_has_every_point_and_who_draws_nothing_none(shard: P
     for tasks in judge.tasks.values():
         truth |= {task.prompt(language): draw_scene(task.scene) for task in tasks for language in ("en", "zh")}
     painters = {1: Knowing({}), 10: Knowing(truth)}
-    settings = judge.settings()
+    settings, weights = judge.settings(), tmp_path / "weights"
+    weights.write_bytes(b"some")
 
     def run(chosen: dict[str, Any], painters: dict[int, Knowing]) -> list[dict[str, Any]]:
         return measure(
-            [snapshot(1), snapshot(10)], lambda one: painters[one.flops], judge=judge, settings=chosen, out=tmp_path,
+            [snapshot(1, weights=weights), snapshot(10, weights=weights)], lambda one: painters[one.flops], judge=judge, settings=chosen,
+            out=tmp_path / "points",
             say=lambda _: None,
         )  # fmt: skip
 
@@ -137,5 +139,8 @@ def test_who_draws_the_truth_has_every_point_and_who_draws_nothing_none(shard: P
     assert everything["flops"] == 10
     again = run(settings, {})  # nobody is asked to draw
     assert json.dumps(again) == json.dumps([nothing, everything])
-    with pytest.raises(DataError, match="other settings"):
+    with pytest.raises(DataError, match="other weights or settings"):
         run(settings | {"seed": 1}, painters)
+    weights.write_bytes(b"others")
+    with pytest.raises(DataError, match="other weights or settings"):
+        run(settings, painters)
