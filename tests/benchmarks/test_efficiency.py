@@ -55,7 +55,7 @@ def test_a_run_without_checkpoints_is_told(stage: Callable[..., dict[str, Any]],
         diffusion_snapshots(tmp_path)
 
 
-def snapshot(flops: int, *, weights: Path = Path()) -> Snapshot:  # noqa: B008 - a constant
+def snapshot(flops: int, *, weights: Path = Path("none")) -> Snapshot:
     return Snapshot(
         family=DIFFUSION, weights=weights, step=flops, samples=flops, flops=flops, text_flops=0, seconds=float(flops)
     )
@@ -125,10 +125,13 @@ def test_who_draws_the_truth_has_every_point_and_who_draws_nothing_none(shard: P
 
     def run(chosen: dict[str, Any], painters: dict[int, Knowing]) -> list[dict[str, Any]]:
         return measure(
-            [snapshot(1, weights=weights), snapshot(10, weights=weights)], lambda one: painters[one.flops], judge=judge, settings=chosen,
+            [snapshot(1, weights=weights), snapshot(10, weights=weights)],
+            lambda one: painters[one.flops],
+            judge=judge,
+            settings=chosen,
             out=tmp_path / "points",
             say=lambda _: None,
-        )  # fmt: skip
+        )
 
     nothing, everything = run(settings, painters)
     for name in ("top1", "top5", "paraphrases", "composition"):
