@@ -138,7 +138,7 @@ def test_who_draws_the_truth_has_every_point_and_who_draws_nothing_none(shard: P
         assert everything["scores"][name]["value"] == 1, name
         assert nothing["scores"][name]["value"] <= 0.3, name
     for name in ("fid", "kid"):
-        assert everything["scores"][name]["value"] < 0.5 * nothing["scores"][name]["value"]
+        assert everything["scores"][name]["value"] < 0.7 * nothing["scores"][name]["value"]
     assert everything["flops"] == 10
     again = run(settings, {})  # nobody is asked to draw
     assert json.dumps(again) == json.dumps([nothing, everything])

@@ -34,10 +34,10 @@ def test_names_are_all_words_of_a_language(curator: Curator) -> None:
 
 def test_a_sheet_is_small_or_an_error() -> None:
     dice = np.random.default_rng(0)
-    noisy = Image.fromarray(dice.integers(0, 256, (600, 600, 3), dtype=np.uint8))
+    noisy = Image.fromarray(dice.integers(0, 256, (300, 300, 3), dtype=np.uint8))
     assert len(small_webp(noisy)) < MOST_BYTES
     with pytest.raises(DataError, match="show fewer pictures"):
-        small_webp(Image.fromarray(dice.integers(0, 256, (3000, 3000, 3), dtype=np.uint8)))
+        small_webp(Image.fromarray(dice.integers(0, 256, (1000, 1000, 3), dtype=np.uint8)))
 
 
 def test_a_page_tells_failures_and_no_verdict_where_nobody_judges(tmp_path: Path) -> None:
