@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from mars.data.scenes import draw_scene
 from mars.data.shards import Picture, read_pictures
@@ -131,22 +132,26 @@ class Curator:
 
     def emoji(self) -> list[Section]:
         """A section for each set of questions that the shard has."""
-        asked = ask(self.shard, EmojiBench(prompts=2 * self.count), seed=self.artist.seed)
+        asked = ask(self.shard, EmojiBench(prompts=2 * self.count), seed=self.artist.seed).questions
+        groups = {name: found for name in SETS if (found := asked.get(name, [])[: self.count])}
         network = EfficientNetLite0()
+        keys = sorted({key for group in groups.values() for one in group for key in one.candidates})
+        true = dict(zip(keys, network.features_of(map(self.true, keys)), strict=True))
         return [
             Section(
                 title=name.capitalize(),
                 about=ABOUT[name] + " Verdict: the place of the true picture among 100 of its style.",
-                shown=[one for language in LANGUAGES for one in self._retrieved(group, language, network=network)],
+                shown=[one for language in LANGUAGES for one in self._retrieved(group, language, network, true)],
             )
-            for name in SETS
-            if (group := asked.questions.get(name, [])[: self.count])
+            for name, group in groups.items()
         ]
 
-    def _retrieved(self, group: Sequence[Question], language: str, *, network: EfficientNetLite0) -> list[Shown]:
+    def _retrieved(
+        self, group: Sequence[Question], language: str, network: EfficientNetLite0, true: dict[str, Tensor]
+    ) -> list[Shown]:
         found = []
         for question, drawing in zip(group, self.artist.draw([one.prompts[language] for one in group]), strict=True):
-            candidates_CD = network.features_of(self.true(key) for key in question.candidates)
+            candidates_CD = torch.stack([true[key] for key in question.candidates])
             place = int(ranks(network.features_of([drawing.image]), candidates_CD, right=0)[0]) + 1
             verdict = "right" if place == 1 else f"place {place} of {len(question.candidates)}"
             found.append(_shown(drawing, verdict=verdict, right=place == 1, beside=self.true(question.key)))
