@@ -10,8 +10,10 @@ of our image tokenizer before quantization, each channel normalised; pixels come
 Letters: B batch, Z code width, R rows, C columns, T positions, D the LLM's width.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +82,15 @@ def count_parameters(config: dict[str, Any]) -> int:
 
 def width_for(parameters: int, *, latent: tuple[int, int, int], text_width: int) -> int:
     """The width whose U-Net has most nearly so many parameters."""
-    sizes = {
-        width: count_parameters(unet_config(latent=latent, text_width=text_width, width=width))
-        for width in range(GROUPS, MOST_WIDTH + 1, GROUPS)
-    }
-    return min(sizes, key=lambda width: abs(sizes[width] - parameters))
+
+    @cache
+    def size(width: int) -> int:
+        return count_parameters(unet_config(latent=latent, text_width=text_width, width=width))
+
+    widths = range(GROUPS, MOST_WIDTH + 1, GROUPS)
+    place = bisect_left(widths, parameters, key=size)
+    near = widths[max(0, place - 1) : place + 1]
+    return min(near, key=lambda width: abs(size(width) - parameters))
 
 
 @dataclass(frozen=True, kw_only=True)

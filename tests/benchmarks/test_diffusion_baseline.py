@@ -19,6 +19,7 @@ from mars.errors import CheckpointError, ConfigError, DataError
 from mars.pipeline import MarsPipeline
 from mars.training.stages import StageConfig
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 TEXT = (torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
 
 
@@ -168,7 +169,7 @@ def test_rebuilding_loses_less_than_codes_do(baseline: Callable[..., Baseline], 
     painter: DiffusionPainter = open_painter(run.out, step=1, model=pipe.model, seed=0)
     pictures = pipe(["a", "b"], seed=[0, 1]).images
     vectors = painter.rebuild(pictures)
-    true = torch.stack([torch.from_numpy(np.asarray(one)).permute(2, 0, 1).float() / 255 for one in pictures])
+    true = torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1).float() / 255 for one in pictures])
     with torch.inference_mode():
         wanted = pipe.model.image_tokenizer.to_images(pipe.model.image_tokenizer.to_vectors(true)).clamp(0, 1)
     for one, image in zip(vectors, wanted, strict=True):
