@@ -14,7 +14,7 @@ products where the CPU has units for them.
     RUN/last/                                what a run that was stopped goes on from; the same command again does so
     RUN/log.jsonl
 
-FLOPs are those of the products of forward and backward, counted by PyTorch once per shape of a step. Seconds are those
+FLOPs are those of the products of forward and backward, counted by PyTorch for each shape of a step. Seconds are those
 of steps, reading captions included, as in the log of our own training.
 """
 
@@ -30,7 +30,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.diffusion_data import TextStates, make_latents, padded, trained_pictures
 from benchmarks.diffusion_model import (
@@ -42,10 +41,10 @@ from benchmarks.diffusion_model import (
     noising,
     predict,
     read_scales,
+    step_flops,
     unet_config,
     width_for,
 )
-from benchmarks.train_step import CPU_ATTENTION
 from mars.checkpoint import codes_digest, copy_tensors, read_tensors, save_tensors, write_json
 from mars.config import load_config
 from mars.data.crops import Sizes
@@ -119,8 +118,6 @@ class Baseline:
             self.weights.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
         )
         self.noising = noising()
-        self.flops_of: dict[tuple[int, ...], int] = {}
-        """Of a step, by its shape."""
         data = {"batch_size": stage.batch_size, "seed": stage.seed, "guidance_dropout": stage.guidance_dropout}
         self.fixed = {**self.about, "recipe": asdict(recipe), **data, **opened.contents}
         if (out / "last" / FILE).is_file():
@@ -199,27 +196,17 @@ class Baseline:
         states_BTD, real_BT = padded([self.text.states[text].float() for text in texts])
         text = self.scales.text(states_BTD), real_BT
         wanted_BZRC = self.noising.get_velocity(latents_BZRC, noise_BZRC, times)
-
-        def backward() -> float:
-            loss = F.mse_loss(predict(self.unet, noisy_BZRC, times, text), wanted_BZRC)
-            loss.backward()
-            return float(loss.detach())
-
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * min(1.0, (self.step + 1) / max(1, self.recipe.warmup))
         self.optimizer.zero_grad(set_to_none=True)
-        shape = tuple(states_BTD.shape)
-        if shape in self.flops_of:
-            loss = backward()
-        else:
-            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-                loss = backward()
-            self.flops_of[shape] = int(counter.get_total_flops())
+        error = F.mse_loss(predict(self.unet, noisy_BZRC, times, text), wanted_BZRC)
+        error.backward()
+        loss = float(error.detach())
         norm = float(torch.nn.utils.clip_grad_norm_(self.weights.values(), CLIP))
         check_finite({"loss": loss, "gradient norm": norm}, step=self.step, last=self.out / "last")
         self.optimizer.step()
         self.average.update(self.weights, step=self.step)
-        self.flops += self.flops_of[shape]
+        self.flops += step_flops(self.unet, batch=len(pictures), positions=states_BTD.shape[1])
         self.step += 1
         return loss
 

@@ -22,8 +22,10 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.diffusion_data import autocast, caption_ids, padded, read_states
+from benchmarks.train_step import CPU_ATTENTION
 from mars.checkpoint import MarsModel, codes_digest, load_into, read_json, read_tensors
 from mars.errors import CheckpointError
 from mars.evaluation.drawing import Drawing, batches
@@ -124,6 +126,24 @@ def predict(unet: UNet2DConditionModel, noisy_BZRC: Tensor, times: Tensor, text:
         )
     v_BZRC: Tensor = found[0]
     return v_BZRC.float()
+
+
+@cache
+def step_flops(unet: UNet2DConditionModel, *, batch: int, positions: int) -> int:
+    """FLOPs of the products of a step, forward and backward, counted without computing anything.
+
+    Args:
+        positions: of the captions, padding included.
+    """
+    shapes = unet.config
+    with torch.device("meta"):
+        copy = UNet2DConditionModel(**shapes)
+        latents_BZRC = torch.empty(batch, shapes["in_channels"], *shapes["sample_size"])
+        text = torch.empty(batch, positions, shapes["cross_attention_dim"]), torch.ones(batch, positions).bool()
+        times = torch.zeros(batch, dtype=torch.long)
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        predict(copy, latents_BZRC, times, text).mean().backward()
+    return int(counter.get_total_flops())
 
 
 def noising() -> DDPMScheduler:

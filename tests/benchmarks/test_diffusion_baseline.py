@@ -7,11 +7,24 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import diffusion_baseline
 from benchmarks.diffusion_baseline import Baseline, Recipe
 from benchmarks.diffusion_data import caption_ids, make_latents, padded, read_states, trained_pictures
-from benchmarks.diffusion_model import DiffusionPainter, count_parameters, noising, open_painter, sample, width_for
+from benchmarks.diffusion_model import (
+    DiffusionPainter,
+    build_unet,
+    count_parameters,
+    noising,
+    open_painter,
+    predict,
+    sample,
+    step_flops,
+    unet_config,
+    width_for,
+)
+from benchmarks.train_step import CPU_ATTENTION
 from mars.checkpoint import MarsModel, load_image_tokenizer, read_json, read_tensors
 from mars.config import from_dict
 from mars.data.crops import Sizes
@@ -72,6 +85,14 @@ def test_states_do_not_depend_on_what_is_read_beside_them(pipe: MarsPipeline) ->
     assert states.shape[1] % 8 == 0
     assert real.sum(dim=1).tolist() == [len(row) for row in rows]
     assert torch.equal(states[real], torch.cat(together))
+
+
+def test_flops_are_those_of_a_real_step() -> None:
+    unet = build_unet(unet_config(latent=(4, 8, 8), text_width=16, width=16))
+    states, real = torch.randn(3, 8, 16), torch.ones(3, 8, dtype=torch.bool)
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        predict(unet, torch.randn(3, 4, 8, 8), torch.tensor([1, 5, 9]), (states, real)).square().mean().backward()
+    assert step_flops(unet, batch=3, positions=8) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 @pytest.fixture
