@@ -1,7 +1,7 @@
 """What the snapshots of two runs cost in training: ours (`mars train`) and the diffusion baseline's.
 
-Ours are the checkpoints that a run has kept: train with `keep` large and `save_every` as far apart as points of a curve
-should be. What a step learned is a function of its number and the seed, so its FLOPs are counted again here, from the
+Ours are the checkpoints that a run has kept (train with `keep` large and `save_every` as far apart as points of a curve
+should be), or that were copied to RUN/snapshots in time. What a step learned is a function of its number and the seed, so its FLOPs are counted again here, from the
 examples that it drew (`model/costs.py`, forward and backward); its seconds are in the run's log. The FLOPs of reading
 captions with the frozen LLM, which both models do once per caption, are told apart in both.
 """
@@ -77,7 +77,8 @@ def our_snapshots(stages: Sequence[StageConfig]) -> list[Snapshot]:
 
 def _checkpoints(stage: StageConfig) -> dict[int, Path]:
     """Folders of models, by step."""
-    matches = {path: STEP.fullmatch(path.name) for path in (stage.out / "checkpoints").glob("step-*")}
+    paths = [path for place in ("checkpoints", "snapshots") for path in (stage.out / place).glob("step-*")]
+    matches = {path: STEP.fullmatch(path.name) for path in paths}
     folders = {int(match[1]): path for path, match in matches.items() if match}
     if (stage.out / "model" / "config.json").is_file():
         folders.setdefault(stage.steps, stage.out / "model")
