@@ -1,9 +1,10 @@
 """What the snapshots of two runs cost in training: ours (`mars train`) and the diffusion baseline's.
 
 Ours are the checkpoints that a run has kept (train with `keep` large and `save_every` as far apart as points of a curve
-should be), or that were copied to RUN/snapshots in time. What a step learned is a function of its number and the seed, so its FLOPs are counted again here, from the
-examples that it drew (`model/costs.py`, forward and backward); its seconds are in the run's log. The FLOPs of reading
-captions with the frozen LLM, which both models do once per caption, are told apart in both.
+should be), or that were copied to RUN/snapshots in time. What a step learned is a function of its number and the seed,
+so its FLOPs are counted again here, from the examples that it drew (`model/costs.py`, forward and backward); its
+seconds are in the run's log. The FLOPs of reading captions with the frozen LLM, which both models do once per caption,
+are told apart in both.
 """
 
 import json
