@@ -276,9 +276,6 @@ class Baseline:
         for name, into in (("weights", self.weights), ("average", self.average.values)):
             own = {key: found.pop(f"{name}/{key}") for key in into}
             copy_tensors(own, into=into, where=str(folder))
-        for name, value in found.items():  # files hold them otherwise, and AdamW's kernel reads as weights lie
-            if value.dim() == 4:
-                found[name] = value.contiguous(memory_format=torch.channels_last)
         restore_optimizers([self.optimizer], found, self.weights)
         self.flops, self.seconds, self.loss = progress["flops"], progress["seconds"], progress["loss"]
 

@@ -195,16 +195,14 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *option
     return int(sdpa_backward_flop_count(gradient, query, key, value)) // (2 if causal else 1)
 
 
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
-"""What PyTorch's counter does not know."""
-
-
 def count_operations(step: Step) -> int:
     """Floating-point operations of the matrix products of forward and backward; a causal attention counts half."""
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    aten = torch.ops.aten
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         step.loss().backward()
     step.optimizer.zero_grad(set_to_none=True)
     return int(counter.get_total_flops())

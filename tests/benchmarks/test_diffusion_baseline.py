@@ -24,7 +24,6 @@ from benchmarks.diffusion_model import (
     unet_config,
     width_for,
 )
-from benchmarks.train_step import CPU_ATTENTION
 from mars.checkpoint import MarsModel, load_image_tokenizer, read_json, read_tensors
 from mars.config import from_dict
 from mars.data.crops import Sizes
@@ -90,9 +89,9 @@ def test_states_do_not_depend_on_what_is_read_beside_them(pipe: MarsPipeline) ->
 def test_flops_are_those_of_a_real_step() -> None:
     unet = build_unet(unet_config(latent=(4, 8, 8), text_width=16, width=16))
     states, real = torch.randn(3, 8, 16), torch.ones(3, 8, dtype=torch.bool)
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False) as counter:
         predict(unet, torch.randn(3, 4, 8, 8), torch.tensor([1, 5, 9]), (states, real)).square().mean().backward()
-    assert step_flops(unet, batch=3, positions=8) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert step_flops(unet, batch=3, positions=8) == counter.get_total_flops() > 1e8
 
 
 @pytest.fixture
