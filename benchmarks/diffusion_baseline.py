@@ -206,7 +206,7 @@ class Baseline:
         check_finite({"loss": loss, "gradient norm": norm}, step=self.step, last=self.out / "last")
         self.optimizer.step()
         self.average.update(self.weights, step=self.step)
-        self.flops += step_flops(self.unet, batch=len(pictures), positions=states_BTD.shape[1])
+        self.flops += step_flops(self.about["unet"], batch=len(pictures), positions=states_BTD.shape[1])
         self.step += 1
         return loss
 

@@ -10,6 +10,7 @@ of our image tokenizer before quantization, each channel normalised; pixels come
 Letters: B batch, Z code width, R rows, C columns, T positions, D the LLM's width.
 """
 
+import json
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -132,16 +133,21 @@ def predict(unet: UNet2DConditionModel, noisy_BZRC: Tensor, times: Tensor, text:
     return v_BZRC.float()
 
 
-@cache
-def step_flops(unet: UNet2DConditionModel, *, batch: int, positions: int) -> int:
+def step_flops(config: dict[str, Any], *, batch: int, positions: int) -> int:
     """FLOPs of the products of a step, forward and backward, counted without computing anything.
 
     Args:
+        config: of the U-Net.
         positions: of the captions, padding included.
     """
-    shapes = unet.config
+    return _step_flops(json.dumps(config), batch=batch, positions=positions)
+
+
+@cache
+def _step_flops(config: str, *, batch: int, positions: int) -> int:
+    shapes = json.loads(config)
     with torch.device("meta"):
-        copy = build_unet(dict(shapes))
+        copy = build_unet(shapes)
         latents_BZRC = torch.empty(batch, shapes["in_channels"], *shapes["sample_size"])
         text = torch.empty(batch, positions, shapes["cross_attention_dim"]), torch.ones(batch, positions).bool()
         times = torch.zeros(batch, dtype=torch.long)

@@ -29,7 +29,7 @@ from mars.config import from_dict
 from mars.data.crops import Sizes
 from mars.errors import CheckpointError, ConfigError, DataError
 from mars.pipeline import MarsPipeline
-from mars.training.stages import StageConfig
+from mars.training.stages import DataConfig, StageConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 TEXT = (torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
@@ -87,29 +87,47 @@ def test_states_do_not_depend_on_what_is_read_beside_them(pipe: MarsPipeline) ->
 
 
 def test_flops_are_those_of_a_real_step() -> None:
-    unet = build_unet(unet_config(latent=(4, 8, 8), text_width=16, width=16))
+    config = unet_config(latent=(4, 8, 8), text_width=16, width=16)
+    unet = build_unet(config)
     states, real = torch.randn(3, 8, 16), torch.ones(3, 8, dtype=torch.bool)
     with FlopCounterMode(display=False) as counter:
         predict(unet, torch.randn(3, 4, 8, 8), torch.tensor([1, 5, 9]), (states, real)).square().mean().backward()
-    assert step_flops(unet, batch=3, positions=8) == counter.get_total_flops() > 1e8
+    assert step_flops(config, batch=3, positions=8) == counter.get_total_flops() > 1e8
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def baseline(
-    stage: Callable[..., dict[str, Any]], tiny_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Baseline]:
+    tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path, tiny_model: Path, tiny_codes: Path, tiny_pictures: Path,
+    pocket: dict[str, Any],
+) -> Callable[..., Baseline]:  # fmt: skip
     """A run on the tiny pictures, in the folder of that name."""
-    monkeypatch.setattr(diffusion_baseline, "LOOKAHEAD", 3)
+    folder = tmp_path_factory.mktemp("baseline")
 
     def build(out: str, *, recipe: Recipe | None = None, **changes: Any) -> Baseline:
-        config = from_dict(StageConfig, stage(**changes))
+        table = {
+            "name": "tiny", "out": "none", "steps": 4, "batch_size": 6, "guidance_dropout": 0.2,
+            "model": {"language": str(tiny_llm), "image_tokenizer": str(tiny_model), "semvie": dict(pocket)},
+            "data": {"shards": [str(tiny_codes)]},
+        }  # fmt: skip
+        config = from_dict(StageConfig, table | changes)
         recipe = recipe or Recipe(warmup=0, learning_rate=1e-3)
-        return Baseline(config, recipe, pictures=[tiny_pictures], out=tmp_path / out)
+        return Baseline(config, recipe, pictures=[tiny_pictures], out=folder / out)
 
     return build
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(baseline: Callable[..., Baseline], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def trained(baseline: Callable[..., Baseline]) -> Baseline:
+    """A run of one step."""
+    run = baseline("trained")
+    run.train(1, snapshots=[])
+    return run
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(
+    baseline: Callable[..., Baseline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diffusion_baseline, "LOOKAHEAD", 3)
     whole, first = baseline("whole"), baseline("parts")
     before = {name: weight.detach().clone() for name, weight in whole.weights.items()}
     assert whole.train(4, snapshots=[2])
@@ -151,8 +169,8 @@ def test_pictures_and_captions_are_those_of_our_loader(
     assert 4 < emptied < 20
 
 
-def test_the_size_is_that_of_our_visual_side_and_latents_are_normal(baseline: Callable[..., Baseline]) -> None:
-    run = baseline("run")
+def test_the_size_is_that_of_our_visual_side_and_latents_are_normal(trained: Baseline) -> None:
+    run = trained
     latents = run.scales.latents(run.latents_NZRC.float())
     assert torch.allclose(latents.mean(dim=(0, 2, 3)), torch.zeros(8), atol=1e-3)
     assert torch.allclose(latents.std(dim=(0, 2, 3)), torch.ones(8), atol=1e-3)
@@ -164,29 +182,25 @@ def test_the_size_is_that_of_our_visual_side_and_latents_are_normal(baseline: Ca
 
 
 def test_a_snapshot_draws_the_same_picture_for_a_seed_whatever_is_drawn_beside_it(
-    baseline: Callable[..., Baseline], pipe: MarsPipeline
+    trained: Baseline, pipe: MarsPipeline
 ) -> None:
-    run = baseline("run")
-    run.train(1, snapshots=[])
-    painter = open_painter(run.out, step=1, model=pipe.model, seed=7, steps=3)
+    painter = open_painter(trained.out, step=1, model=pipe.model, seed=7, steps=3)
     many = painter.draw(["red", "blue", "green"])
     (alone,) = painter.draw(["blue"], first=1)
     assert [one.seed for one in many] == [7, 8, 9]
     assert many[1].image.size == alone.image.size == (48, 32)
     assert distance(many[1].image, alone.image) < 3 < distance(many[1].image, many[2].image)
     assert len(painter.draw_without_prompt(2)) == 2
-    kept = read_tensors(run.out / "snapshots" / "step-000001" / "unet.safetensors")
-    assert all(torch.equal(kept[name], value.half()) for name, value in run.average.values.items())
+    kept = read_tensors(trained.out / "snapshots" / "step-000001" / "unet.safetensors")
+    assert all(torch.equal(kept[name], value.half()) for name, value in trained.average.values.items())
 
 
 def distance(one: Any, other: Any) -> float:
     return float(np.abs(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).mean())
 
 
-def test_rebuilding_loses_less_than_codes_do(baseline: Callable[..., Baseline], pipe: MarsPipeline) -> None:
-    run = baseline("run")
-    run.train(1, snapshots=[])
-    painter: DiffusionPainter = open_painter(run.out, step=1, model=pipe.model, seed=0)
+def test_rebuilding_shows_latents_as_they_are(trained: Baseline, pipe: MarsPipeline) -> None:
+    painter: DiffusionPainter = open_painter(trained.out, step=1, model=pipe.model, seed=0)
     pictures = pipe(["a", "b"], seed=[0, 1]).images
     vectors = painter.rebuild(pictures)
     true = torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1).float() / 255 for one in pictures])
@@ -196,18 +210,16 @@ def test_rebuilding_loses_less_than_codes_do(baseline: Callable[..., Baseline], 
         assert np.abs(np.asarray(one) / 255 - image.permute(1, 2, 0).numpy()).max() < 0.01
 
 
-def test_another_image_tokenizer_or_llm_is_refused(baseline: Callable[..., Baseline], pipe: MarsPipeline) -> None:
-    run = baseline("run")
-    run.train(1, snapshots=[])
+def test_another_image_tokenizer_or_llm_is_refused(trained: Baseline, pipe: MarsPipeline) -> None:
     other: MarsModel = replace(pipe.model, info=replace(pipe.model.info, language_digest="sha256:0"))
     with pytest.raises(CheckpointError, match="trained with the language"):
-        open_painter(run.out, step=1, model=other, seed=0)
+        open_painter(trained.out, step=1, model=other, seed=0)
 
 
 def test_pictures_that_the_codes_were_not_made_from_are_refused(
-    tiny_codes: Path, tiny_pictures: Path, tiny_model: Path, stage: Callable[..., dict[str, Any]]
+    tiny_codes: Path, tiny_pictures: Path, tiny_model: Path
 ) -> None:
-    data = from_dict(StageConfig, stage()).data
+    data = DataConfig(shards=(tiny_codes,))
     wanted = trained_pictures([tiny_codes], kinds=data.kinds, languages=data.languages)
     image_tokenizer, _ = load_image_tokenizer(tiny_model)
     missing = [replace(wanted[0], record=replace(wanted[0].record, key="nobody")), *wanted[1:]]

