@@ -26,6 +26,8 @@ epoch is less random."""
 class Sample:
     """One picture and the caption chosen for it."""
 
+    picture: int
+    """Number of the picture among those of its grid, in the order of the shards."""
     codes: Tensor
     """(R, C) int64."""
     caption: Caption
@@ -165,7 +167,7 @@ class _Sequence:
         picture = self._picture(index)
         codes = torch.from_numpy(self.table.codes[picture].astype(np.int64))
         low = None if self.table.low is None else torch.from_numpy(self.table.low[picture].astype(np.int64))
-        return Sample(codes=codes, caption=self._caption(index), low=low)
+        return Sample(picture=picture, codes=codes, caption=self._caption(index), low=low)
 
     def by_length(self, first: int, size: int, length: Length) -> list[int]:
         """Numbers of the `size` samples of the batch that begins at `first`, when windows are sorted by length."""

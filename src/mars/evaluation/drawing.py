@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -38,9 +38,26 @@ class Drawing:
         return {"prompt": self.prompt, "seed": self.seed, "pixels": pixels_digest(self.image)}
 
 
+class Painter(Protocol):
+    """Whoever draws what the benches look at, ours or another model."""
+
+    @property
+    def seed(self) -> int:
+        """Of the first picture of whatever is drawn; the others count up from it."""
+
+    def draw(self, prompts: Sequence[str], *, first: int = 0) -> list[Drawing]:
+        """One picture for each prompt; `first` is the number of the first, which its seed counts from."""
+
+    def draw_without_prompt(self, count: int) -> list[Image.Image]:
+        """Pictures that no prompt asked for: the floor."""
+
+    def rebuild(self, pictures: Sequence[Image.Image]) -> list[Image.Image]:
+        """Pictures as the painter would show them at best: the ceiling."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Artist:
-    """A model with its settings."""
+    """A painter: a model with its settings."""
 
     pipe: MarsPipeline
     sampling: Sampling

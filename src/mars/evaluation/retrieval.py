@@ -23,7 +23,7 @@ from mars.data.shards import Picture
 from mars.errors import DataError
 from mars.evaluation.config import EmojiBench
 from mars.evaluation.distribution import described, distances, features_of, open_network
-from mars.evaluation.drawing import BATCH, Artist, Drawing
+from mars.evaluation.drawing import BATCH, Drawing, Painter
 from mars.evaluation.features import EfficientNetLite0
 from mars.evaluation.metrics import hits, interval, ranks, resample, summary
 from mars.evaluation.questions import CANDIDATES, LANGUAGES, SETS, Question, Seen, choose_questions
@@ -123,7 +123,7 @@ def _open(picture: Picture) -> Image.Image:
 class Gallery:
     """True pictures, and who looks at them."""
 
-    artist: Artist
+    artist: Painter
     network: EfficientNetLite0
     shard: dict[str, Picture]
 
