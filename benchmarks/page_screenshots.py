@@ -15,8 +15,8 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-BEFORE = {"en": ("birthday cake", "red apple", "strawberry", "red heart"), "zh": ("草莓", "生日蛋糕")}
-PROMPTS = {"en": "sunflower", "zh": "红苹果"}
+BEFORE = {"en": ("clown face", "rocket", "lemon", "grapes"), "zh": ("太阳", "火箭")}
+PROMPTS = {"en": "sunflower", "zh": "企鹅"}
 MOST_BYTES = 300_000
 
 
@@ -38,6 +38,7 @@ def visit(browser: Browser, url: str, *, language: str, n: int, **options: Any) 
     for prompt in BEFORE[language]:
         draw(page, prompt, n=1)
     draw(page, PROMPTS[language], n=n)
+    page.mouse.move(0, 0)
     page.evaluate("document.activeElement.blur()")
     page.wait_for_timeout(500)
     return Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")

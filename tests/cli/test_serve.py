@@ -1,9 +1,9 @@
-from collections.abc import Callable
+import sys
 from pathlib import Path
 
 import pytest
 
-Run = Callable[..., tuple[int, str, str]]
+from tests.cli.conftest import Run
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,12 @@ def test_options_that_do_not_fit_are_one_line(run: Run, tiny_model: Path, option
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_without_gradio_one_line_says_how_to_get_the_page(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["mars.cli.serve"], "find_spec", lambda name: None)
+    line = "mars: the page needs Gradio (pip install 'mars-t2i[server]'); the API is served without it"
+    for options, told in (([], True), (["--no-page"], False)):
+        code, _, error = run("serve", "--port", 0, "--model", "nowhere", *options)
+        assert code != 0  # there is no such model, and nothing is served
+        assert (line in error.splitlines()) == told

@@ -6,7 +6,7 @@ import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx2
 import pytest
@@ -25,6 +25,12 @@ def is_unchanged(shown: Any) -> bool:
     return isinstance(shown, dict) and shown.get("__type__") == "update" and "value" not in shown
 
 
+class Served(Protocol):
+    """A server, here or in another process."""
+
+    url: str
+
+
 @pytest.fixture(scope="session")
 def paged(tiny_model: Path) -> Iterator[Running]:
     """A server of the tiny model with its page, which lets everybody in."""
@@ -32,7 +38,7 @@ def paged(tiny_model: Path) -> Iterator[Running]:
         yield found
 
 
-def ask(found: Running, name: str, data: list[Any], *, language: str = "en", cookie: str = "") -> list[Any]:
+def ask(found: Served, name: str, data: list[Any], *, language: str = "en", cookie: str = "") -> list[Any]:
     """All outputs of one of the page's functions, as the browser sees them: whole ones, half-way and at the end."""
     with httpx2.Client(base_url=f"{found.url}/{language}", headers={"Cookie": cookie}, timeout=60) as client:
         functions = {one["api_name"]: one["id"] for one in client.get("/config").json()["dependencies"]}

@@ -131,8 +131,8 @@ WORDS: Mapping[str, tuple[str, str]] = {
 """By name: English, Chinese."""
 
 EXAMPLES: Mapping[str, tuple[str, ...]] = {
-    "en": ("red apple", "sunflower", "strawberry", "birthday cake", "red heart", "full moon"),
-    "zh": ("红苹果", "向日葵", "草莓", "生日蛋糕", "红心", "满月"),
+    "en": ("red apple", "sunflower", "rocket", "lemon", "strawberry", "clown face"),
+    "zh": ("红苹果", "向日葵", "火箭", "企鹅", "太阳", "香蕉"),
 }
 
 
