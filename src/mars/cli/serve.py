@@ -72,7 +72,8 @@ def serve(
     if model is not None and Path(model).exists():
         model = str(Path(model).resolve())  # replicas have other working folders
     opening = partial(open_pipeline, model, precision=precision, lora=lora and lora.resolve(), lora_scale=lora_scale)
-    _run(opening, listening, settings, engine=engine, replicas=replicas or 1, max_replicas=max_replicas or 1)
+    with listening:
+        _run(opening, listening, settings, engine=engine, replicas=replicas or 1, max_replicas=max_replicas or 1)
 
 
 def _check_engine(engine: str, replicas: int | None, max_replicas: int | None) -> None:
