@@ -48,9 +48,9 @@ def serve(
         moderation=None if moderation is None else find_moderation(moderation),
         page=page and find_spec("gradio") is not None,
     )
-    listening = bind(host, port)
-    if not settings.keys and not host.startswith("127.") and host not in ("localhost", "::1"):
-        say("mars: anybody who reaches this server may use it; give API keys with --api-keys")
-    if page and not settings.page:
-        say("mars: the page needs Gradio (pip install 'mars-t2i[server]'); the API is served without it")
-    run(open_pipeline(model, precision=precision, lora=lora, lora_scale=lora_scale), listening, settings)
+    with bind(host, port) as listening:
+        if not settings.keys and not host.startswith("127.") and host not in ("localhost", "::1"):
+            say("mars: anybody who reaches this server may use it; give API keys with --api-keys")
+        if page and not settings.page:
+            say("mars: the page needs Gradio (pip install 'mars-t2i[server]'); the API is served without it")
+        run(open_pipeline(model, precision=precision, lora=lora, lora_scale=lora_scale), listening, settings)
