@@ -24,8 +24,8 @@ def draw(page: Page, prompt: str, *, n: int) -> None:
     """Draws on the page, and waits for the end."""
     page.fill("#prompt textarea", prompt)
     page.locator("input[type=number] >> visible=true").first.fill(str(n))
+    page.evaluate("document.querySelector('.mars-status').dataset.kind = ''")
     page.locator(".mars-go >> visible=true").click()
-    page.wait_for_selector(".mars-status[data-kind=busy]")
     page.wait_for_selector(".mars-status[data-kind=done]")
 
 

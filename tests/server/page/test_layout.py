@@ -52,11 +52,16 @@ class Visit:
 
     def go(self) -> str:
         """Presses the tab's button and waits for the end, of which it returns the line."""
+        self.forget()
         self.seen(".mars-go").click()
         return self.end()
 
+    def forget(self) -> None:
+        """Lets what was done before be forgotten, so that `end` waits for what comes."""
+        self.page.evaluate("document.querySelectorAll('.mars-status').forEach(one => { one.dataset.kind = ''; })")
+
     def end(self) -> str:
-        self.seen(".mars-status[data-kind=busy]").wait_for()
+        """Waits for the end of what was begun, and returns its line."""
         line = self.page.locator(".mars-status:is([data-kind=done], [data-kind=error]) >> visible=true").first
         line.wait_for()
         return str(line.inner_text())
@@ -159,6 +164,7 @@ def test_everything_can_be_done_without_a_mouse(paged: Running, tmp_path: Path) 
             assert any(part in one for one in reached), part
         page.focus("[data-do=edit]")
         keyboard.press("Enter")
+        visit.forget()
         visit.seen(".mars-stage canvas").focus()
         for key in ("ArrowRight", "ArrowDown", "]", " "):
             keyboard.press(key)
@@ -222,6 +228,7 @@ def test_a_picture_is_upscaled_on_the_page(tiny_upscaler: Path) -> None:
         assert visit.go().startswith("Done")
         seeds = [one.info["seed"] for one in visit.pictures()]
         visit.page.locator(".mars-cell").nth(1).click()
+        visit.forget()
         visit.seen("[data-do=upscale]").click()
         assert visit.end().startswith("Done")
         (large,) = visit.pictures()
