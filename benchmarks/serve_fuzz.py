@@ -28,6 +28,8 @@ SECONDS = 300.0
 SLOPE = 2000.0
 """Bytes a request by which a server may seem to grow: rooms that the allocator keeps, not a leak."""
 
+REST = 2.0
+"""Seconds before memory is read, in which a server that has nothing to do gives back what it can."""
 WARM = 4000
 """Requests after which memory is judged: before, it warms up (texts that are remembered, rooms of the allocator)."""
 
@@ -103,6 +105,7 @@ def run(found: Found, running: Server, *, requests: int, seed: int, threads: int
             found.failures.append(f"the queue is not empty after request {begin + step}")
         if running.draw() != wanted:
             found.failures.append(f"another picture after request {begin + step}")
+        time.sleep(REST)
         found.memory.append(running.memory)
         print(f"{begin + step:6} requests, {found.memory[-1] / 1e6:.0f} MB", file=sys.stderr)  # noqa: T201
     if (code := running.end()) != 0:
@@ -128,7 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
         with server(log, *(["--model", asked.model] if asked.model else [])) as running:
-            run(found, running, requests=asked.requests, seed=asked.seed, threads=asked.threads)
+            steps = max(1, min(40, asked.requests // 100))
+            run(found, running, requests=asked.requests, seed=asked.seed, threads=asked.threads, steps=steps)
         found.failures += [json.dumps(line)[:3000] for line in lines(log) if line["level"] == "error"]
     grown = growth(found.memory, requests=asked.requests) if len(found.memory) > 3 else 0.0
     if grown > SLOPE and asked.requests >= WARM:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,21 @@ def test_a_system_that_does_not_say_lets_everything_pass(meminfo: Path, content:
         meminfo.write_bytes(content)
     assert available_memory() is None
     check_memory(10**18, what="anything")
+
+
+def test_memory_that_was_freed_is_given_back() -> None:
+    script = """
+import resource
+from pathlib import Path
+from mars.memory import give_back
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+held = [bytearray(60_000) for _ in range(2000)]
+kept = [bytearray(60_000) for _ in range(2)]  # above them, so that the heap's end cannot be cut off
+full = resident()
+del held
+give_back()
+print(full - resident())
+"""
+    freed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert int(freed) > 100_000_000

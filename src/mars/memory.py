@@ -1,6 +1,8 @@
-"""Whether weights will fit before they are read."""
+"""Whether weights will fit before they are read, and giving memory back."""
 
+import ctypes
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from mars.errors import ModelError
@@ -23,3 +25,9 @@ def check_memory(needed: int, *, what: str, advice: str = CLOSE_PROGRAMS) -> Non
     free = available_memory()
     if free is not None and needed > free:
         raise ModelError(f"{what} needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; {advice}")
+
+
+def give_back() -> None:
+    """Returns to the system what was freed but kept for later, where the C library is glibc; elsewhere nothing."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -15,12 +15,15 @@ from itertools import islice
 from queue import Empty, SimpleQueue
 
 from mars.generation.prompts import Prompts
+from mars.memory import give_back
 from mars.pipeline import MarsPipeline
 from mars.pipeline.drawings import Drawing, DrawingFailed, Drawings, Drawn, Preview
 from mars.pipeline.orders import Order
 from mars.pipeline.writing import Piece
 from mars.server.errors import ApiError
 
+PAUSE = 1.0
+"""Seconds without a request after which memory is given back."""
 MAX_WRITERS = 4
 """Texts that are written at once, as each has a cache of its own; others wait."""
 
@@ -200,7 +203,7 @@ class Worker(Intake):
             if idle and self._closing and self._inbox.empty():
                 return False
             try:
-                job = self._inbox.get(block=idle)
+                job = self._rest() if idle else self._inbox.get_nowait()
             except Empty:
                 return True
             if job is not None:
@@ -208,6 +211,14 @@ class Worker(Intake):
                 return True
             if not idle:
                 return True
+
+    def _rest(self) -> Job | None:
+        """The next request, however late; memory of those before is given back when none comes soon."""
+        try:
+            return self._inbox.get(timeout=PAUSE)
+        except Empty:
+            give_back()
+            return self._inbox.get()
 
     def _begin(self, job: Job) -> None:
         if job.cancelled:
