@@ -199,8 +199,8 @@ def test_a_dropped_picture_of_ours_gives_its_settings_and_another_says_that_it_h
             assert visit.page.input_value("#prompt textarea") == "two dogs"
 
 
-def test_what_runs_can_be_stopped_and_what_was_shown_stays(paged: Running) -> None:
-    with visiting(paged, locale="en-US") as visit:
+def test_what_runs_can_be_stopped_and_what_was_shown_stays(shipped: Running) -> None:
+    with visiting(shipped, locale="en-US") as visit:
         page = visit.page
         page.fill("#prompt textarea", "a cat")
         assert visit.go().startswith("Done")
@@ -214,10 +214,10 @@ def test_what_runs_can_be_stopped_and_what_was_shown_stays(paged: Running) -> No
         visit.seen(".mars-settings button").click()
         page.locator(".mars-settings input[type=number] >> visible=true").last.fill("64")
         visit.seen(".mars-go").click()
-        until(lambda: paged.worker.rows > 0)
+        until(lambda: shipped.worker.rows > 0)
         page.keyboard.press("Escape")
         page.get_by_text("Stopped.").wait_for()
-        until(lambda: paged.worker.held == 0)
+        until(lambda: shipped.worker.held == 0)
 
 
 def test_a_picture_is_upscaled_on_the_page(tiny_upscaler: Path) -> None:
