@@ -21,6 +21,7 @@ from mars.server.errors import (
 )
 from mars.server.guard import Guard
 from mars.server.metrics import Metrics
+from mars.server.page import add_page
 from mars.server.service import Service
 from mars.server.settings import Settings
 from mars.server.worker import Intake
@@ -45,8 +46,6 @@ def make_app(worker: Intake, settings: Settings) -> FastAPI:
     app.add_exception_handler(MarsError, answer_mars)
     app.add_exception_handler(ClientGoneError, answer_gone)
     if settings.page:
-        from mars.server.page.mount import add_page  # Gradio takes seconds to import
-
         add_page(app, service)
     app.add_middleware(Guard, settings=settings, metrics=metrics)
     app.openapi = lambda: document(app, service)  # type: ignore[method-assign]

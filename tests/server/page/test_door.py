@@ -109,6 +109,9 @@ def test_with_keys_the_page_asks_for_one(start: Start) -> None:
         assert "The server does not know this key." in wrong.text
         assert "<wrong>" not in wrong.text
         assert "set-cookie" not in wrong.headers
+        assert client.post("/sign-in", files={"key": KEY.encode()}).status_code == 401
+        for content in (b"\xff" * 99, b"a=b&" * 9, b""):
+            assert client.post("/sign-in", content=content).status_code == 401
         right = client.post("/sign-in?language=en", data={"key": f" {KEY} "})
         assert (right.status_code, right.headers["location"]) == (303, "en/")
         cookie = right.headers["set-cookie"]

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from html import escape
 from importlib.resources import files
 from typing import Any
+from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -100,8 +101,11 @@ class Door:
         say = Words(asked if asked in LANGUAGES else _language(request))
         if request.method != "POST":
             return _form(say, "")
-        async with request.form(max_files=0, max_fields=2) as form:
-            token = self.keys.token(str(form.get("key", "")).strip())
+        try:
+            fields = parse_qs((await request.body()).decode("utf-8", "replace"), max_num_fields=2)
+        except ValueError:
+            fields = {}
+        token = self.keys.token(fields.get("key", [""])[0].strip())
         if token is None:
             return _form(say, say("key_wrong"))
         found = RedirectResponse(f"{say.language}/", status_code=303)

@@ -1,4 +1,4 @@
-"""Puts the page into the server's app."""
+"""Builds the page with Gradio and mounts it."""
 
 import asyncio
 import sys
@@ -19,7 +19,7 @@ SESSIONS = 64
 """Of how many pages Gradio remembers what they sent; nothing of ours asks for it again."""
 
 
-def add_page(app: FastAPI, service: Service) -> None:
+def mount(app: FastAPI, service: Service) -> None:
     """A page for each language, and the way to it from `/`."""
     gradio = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
 
