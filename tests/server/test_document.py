@@ -35,7 +35,9 @@ def explore(url: str, *, examples: int) -> Counter[str]:
         def ask(case: Any) -> None:
             seen[f"{case.operation.label} {_check(case, url)}"] += 1
 
-        unhurried = settings(max_examples=examples, database=None, suppress_health_check=list(HealthCheck))
+        unhurried = settings(
+            max_examples=examples, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+        )
         seed(0)(unhurried(given(made)(ask)))()
     return seen
 
