@@ -15,7 +15,7 @@ from mars.picture import open_picture
 from mars.pipeline import MarsPipeline
 from mars.server.settings import Keys, Settings
 from tests.server.conftest import Running, running
-from tests.server.test_hearing import until
+from tests.server.test_hearing import busy, until
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
@@ -199,7 +199,7 @@ def test_a_dropped_picture_of_ours_gives_its_settings_and_another_says_that_it_h
             assert visit.page.input_value("#prompt textarea") == "two dogs"
 
 
-def test_what_runs_can_be_stopped_and_what_was_shown_stays(paged: Running) -> None:
+def test_what_was_asked_for_can_be_stopped_and_what_was_shown_stays(paged: Running) -> None:
     with visiting(paged, locale="en-US") as visit:
         page = visit.page
         page.fill("#prompt textarea", "a cat")
@@ -210,13 +210,11 @@ def test_what_runs_can_be_stopped_and_what_was_shown_stays(paged: Running) -> No
         page.get_by_text("Say what to draw.").wait_for()
         assert [one.tobytes() for one in visit.pictures()] == shown
         page.fill("#prompt textarea", "a cat")
-        visit.count(8)
-        visit.seen(".mars-settings button").click()
-        page.locator(".mars-settings input[type=number] >> visible=true").last.fill("64")
-        visit.seen(".mars-go").click()
-        until(lambda: paged.worker.rows > 0)
-        page.keyboard.press("Escape")
-        page.get_by_text("Stopped.").wait_for()
+        with busy(paged.worker):
+            visit.seen(".mars-go").click()
+            page.get_by_text("Waiting").wait_for()
+            page.keyboard.press("Escape")
+            page.get_by_text("Stopped.").wait_for()
         until(lambda: paged.worker.held == 0)
 
 
