@@ -15,7 +15,7 @@ from mars.picture import open_picture
 from mars.pipeline import MarsPipeline
 from mars.server.settings import Keys, Settings
 from tests.server.conftest import Running, running
-from tests.server.test_hearing import until
+from tests.server.test_hearing import busy, figure, until
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
@@ -199,25 +199,26 @@ def test_a_dropped_picture_of_ours_gives_its_settings_and_another_says_that_it_h
             assert visit.page.input_value("#prompt textarea") == "two dogs"
 
 
-def test_what_runs_can_be_stopped_and_what_was_shown_stays(shipped: Running) -> None:
-    with visiting(shipped, locale="en-US") as visit:
-        page = visit.page
-        page.fill("#prompt textarea", "a cat")
+def test_what_was_shown_stays_when_something_goes_wrong(paged: Running) -> None:
+    with visiting(paged, locale="en-US") as visit:
+        visit.page.fill("#prompt textarea", "a cat")
         assert visit.go().startswith("Done")
         shown = [one.tobytes() for one in visit.pictures()]
-        page.fill("#prompt textarea", "  ")
-        visit.seen(".mars-go").click()
-        page.get_by_text("Say what to draw.").wait_for()
+        visit.page.fill("#prompt textarea", "  ")
+        assert visit.go() == "Say what to draw."
         assert [one.tobytes() for one in visit.pictures()] == shown
-        page.fill("#prompt textarea", "a cat")
-        visit.count(8)
-        visit.seen(".mars-settings button").click()
-        page.locator(".mars-settings input[type=number] >> visible=true").last.fill("64")
+
+
+def test_what_was_asked_for_can_be_stopped(paged: Running) -> None:
+    with busy(paged.worker), visiting(paged, locale="en-US") as visit:
+        visit.page.fill("#prompt textarea", "a cat")
         visit.seen(".mars-go").click()
-        until(lambda: shipped.worker.rows > 0)
-        page.keyboard.press("Escape")
-        page.get_by_text("Stopped.").wait_for()
-        until(lambda: shipped.worker.held == 0)
+        visit.page.get_by_text("Waiting").wait_for()
+        visit.page.keyboard.press("Escape")
+        visit.page.get_by_text("Stopped.").wait_for()
+    until(lambda: paged.worker.held == 0)
+    drawn = figure(paged, 'mars_requests_total{path="page/draw",status="499"}')
+    assert drawn >= 1
 
 
 def test_a_picture_is_upscaled_on_the_page(tiny_upscaler: Path) -> None:
