@@ -24,7 +24,7 @@ def orthogonalize(matrices: Tensor, *, iterations: int = 5) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     for _ in range(iterations):
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return cast(Tensor, x.mT) if tall else x
 
 
