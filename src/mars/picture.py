@@ -4,6 +4,7 @@ import json
 import struct
 import warnings
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import IO, Any
 
@@ -89,7 +90,7 @@ def read_picture(file: Path | IO[bytes], *, name: str, max_pixels: int = MAX_PIX
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of size, where ours is stricter, and of EXIF
             opened = Image.open(file)
-        with opened as image:
+        with closing(opened) as image:  # of its pixels, too, whoever holds the error
             if image.format not in FORMATS:
                 raise ImageError(f"{name} must be PNG, JPEG or WebP, got {image.format}; convert it")
             width, height = image.size

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ def orthogonalize(matrices: Tensor, *, iterations: int = 5) -> Tensor:
     for _ in range(iterations):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return cast(Tensor, x.mT) if tall else x
+    return x.mT if tall else x
 
 
 def _orthogonalize_all(matrices: Tensor) -> Tensor:
