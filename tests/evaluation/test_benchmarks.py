@@ -57,14 +57,14 @@ def test_the_benchmark_writes_the_same_report_each_time(
     pipe: MarsPipeline, shard: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
     said: list[str] = []
-    extras = {"diverse_prompts": 2, "seeds": 2, "memorisation": True, "clip": clip_folder}
+    extras = {"captions": 2, "diverse_prompts": 2, "seeds": 2, "memorisation": True, "clip": clip_folder}
     config = emoji(shard, tmp_path / "1", prompts=3, distribution=str(clip_folder), **extras)
     first = evaluate(pipe, config, say=said.append)
     second, differences = replay(pipe, tmp_path / "1" / "report.json", out=tmp_path / "2")
     assert differences == []
     assert first["predictions_digest"] == second["predictions_digest"]
     assert list(first["retrieval"]) == list(SETS)
-    assert {"diversity", "memorisation"} <= first.keys()
+    assert {"captions", "diversity", "memorisation"} <= first.keys()
     assert (first["clip"]["pictures"], first["clip"]["choices"]) == (3, 3)
     distribution = first["distribution"]
     assert (distribution["drawn"]["pictures"], distribution["true_pictures"], distribution["features"]) == (6, 4, 8)
@@ -77,6 +77,8 @@ def test_the_benchmark_writes_the_same_report_each_time(
     names += ["plots.png"] if find_spec("matplotlib") else []
     assert {file.name for file in (tmp_path / "1").iterdir()} == set(names)
     found = lines(tmp_path / "1")
+    assert [line["bench"] for line in found].count("captions") == 2 * (2 + 2)
+    found = [line for line in found if line["bench"] == "emoji"]
     assert len(found) == 2 * (3 + 1 + 1 + 1 + 1)
     assert {line["language"] for line in found} == {"en", "zh"}
     assert all(1 <= line["rank"] <= 6 and line["pixels"].startswith("sha256:") for line in found)

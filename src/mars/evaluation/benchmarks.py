@@ -24,6 +24,7 @@ from mars.data.scenes import draw_scene
 from mars.data.shards import Picture, read_pictures
 from mars.errors import DataError, ModelError
 from mars.evaluation.agreement import agreement
+from mars.evaluation.captions import measure_captions
 from mars.evaluation.composition import CATEGORIES, Truth, choose_tasks, score
 from mars.evaluation.config import EmojiBench, EvaluationConfig
 from mars.evaluation.drawing import BATCH, Artist
@@ -114,6 +115,12 @@ def _measure_emoji(run: _Run, bench: EmojiBench) -> None:
     run.predictions += found.predictions
     run.pictures |= found.sheets
     first = next(name for name, questions in asked.questions.items() if questions)
+    if bench.captions:
+        with run.measure("captions"):
+            run.report["captions"], written = measure_captions(
+                run.artist.pipe, shard, count=bench.captions, seed=run.config.seed
+            )
+            run.predictions += written
     if bench.diverse_prompts:
         with run.measure("diversity"):
             run.report["diversity"] = gallery.diversity(

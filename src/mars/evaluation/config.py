@@ -11,7 +11,7 @@ from mars.pipeline.orders import DEFAULT_SAMPLING
 
 @dataclass(frozen=True, kw_only=True)
 class EmojiBench:
-    """Retrieval of true pictures, the image tokenizer's fidelity, diversity and memorisation."""
+    """Retrieval of true pictures, captions, the image tokenizer's fidelity, diversity and memorisation."""
 
     pictures: Path = Path("data/emoji.tar")
     """A picture shard with captions in both languages."""
@@ -23,6 +23,8 @@ class EmojiBench:
     """How many trained names are drawn again with other seeds, to see how much pictures of one prompt differ."""
     seeds: int = 4
     """Pictures of each of those."""
+    captions: int = 0
+    """How many true pictures are described, of the trained and of the held-out ones each."""
     memorisation: bool = False
     """Whether drawn pictures are compared with every training picture of the shard."""
     distribution: str | None = None
@@ -35,6 +37,8 @@ class EmojiBench:
             raise ConfigError(f"emoji.sets must be some of {', '.join(SETS)}, got {', '.join(unknown)}")
         if not self.sets or self.prompts < 1:
             raise ConfigError(f"emoji must have sets and at least 1 prompt, got {len(self.sets)} and {self.prompts}")
+        if self.captions < 0:
+            raise ConfigError(f"emoji.captions must be at least 0, got {self.captions}")
         if self.diverse_prompts < 0 or self.diverse_prompts == 1 or self.seeds < 2:
             raise ConfigError(
                 "emoji.diverse_prompts must be 0 or at least 2 and emoji.seeds at least 2, "

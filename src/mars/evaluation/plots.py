@@ -10,7 +10,7 @@ COLOURS = {"en": "#4477aa", "zh": "#cc6677"}
 
 
 def plot(report: dict[str, Any]) -> Image.Image | None:
-    """A panel for retrieval and one for composition, as far as they were measured; None if neither was.
+    """A panel for retrieval, composition and captions each, as far as they were measured; None if none was.
 
     Raises:
         ModuleNotFoundError: without matplotlib.
@@ -20,6 +20,7 @@ def plot(report: dict[str, Any]) -> Image.Image | None:
     panels = {
         "top-1 retrieval": _named(report.get("retrieval", {}), "top1"),
         "composition": _named(report.get("composition", {}), "right"),
+        "captions": _named(report.get("captions", {}), "right"),
     }
     panels = {title: rates for title, rates in panels.items() if rates}
     if not panels:

@@ -102,6 +102,7 @@ def markdown(report: dict[str, Any]) -> str:
     settings, model = report["settings"], report["model"]
     parts = {
         "retrieval": _retrieval,
+        "captions": _captions,
         "diversity": _diversity,
         "memorisation": _memorisation,
         "clip": _clip,
@@ -153,6 +154,22 @@ def _composition(categories: dict[str, Any], _: dict[str, Any]) -> list[str]:
             cells = [*_cells(figures["right"]), f"{figures['detector']:.1%}"]
             cells += [f"{figures['respects'][name]:.0%}" for name in names]
             lines.append(f"| {category} | {language} | {figures['prompts']} | {' | '.join(cells)} |")
+    return lines
+
+
+def _captions(sets: dict[str, Any], _: dict[str, Any]) -> list[str]:
+    lines = [
+        "Captions of true pictures: right if the first words are the picture's name or one of its CLDR keywords. "
+        "Floor: captions of the other pictures. Exact: the name itself.",
+        "",
+        "| pictures | language | n | right | floor | exact |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for name, languages in sets.items():
+        for language, figures in languages.items():
+            right, floor = _cells(figures["right"])[:2]
+            exact = "{:.1%} ({:.1%}..{:.1%})".format(figures["exact"], *figures["exact_interval"])
+            lines.append(f"| {name} | {language} | {figures['pictures']} | {right} | {floor} | {exact} |")
     return lines
 
 
