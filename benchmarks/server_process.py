@@ -32,7 +32,7 @@ class Server:
 
     @property
     def memory(self) -> int:
-        """Bytes that its process holds."""
+        """Bytes that its process holds, as `held` counts them."""
         return held(self.process.pid)
 
     @property
@@ -81,9 +81,11 @@ def _named(pid: int, name: bytes) -> bool:
 
 
 def held(pid: int) -> int:
-    """Bytes of memory that a process holds."""
+    """Bytes of memory that a process holds itself; mapped files (weights, libraries), which come in page by page when
+    they are first used, do not count.
+    """
     lines = Path(f"/proc/{pid}/status").read_text("ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def ask(port: int, path: str, body: Any = None, *, timeout: float = 300.0) -> tuple[int, bytes]:

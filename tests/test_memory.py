@@ -53,3 +53,22 @@ print(full - resident())
 """
     freed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert int(freed) > 100_000_000
+
+
+def test_large_blocks_go_back_at_once() -> None:
+    script = """
+import resource
+from pathlib import Path
+from mars.memory import keep_little
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+keep_little()
+for _ in range(3):  # a block that was freed is what glibc would learn from
+    held = bytearray(20_000_000)
+    above = bytearray(60_000)
+    full = resident()
+    del held
+print(full - resident())
+"""
+    freed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert int(freed) > 19_000_000

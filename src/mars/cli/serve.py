@@ -49,9 +49,11 @@ def serve(
 ) -> None:
     """Answer HTTP requests as the OpenAI API does: pictures, edits, variations and chats."""
     from mars.config import find_callable
+    from mars.memory import keep_little
     from mars.server.serve import bind
     from mars.server.settings import Limits, Settings, read_keys
 
+    keep_little()
     _check_engine(engine, replicas, max_replicas)
     limits = Limits(
         body=max_body, pixels=max_pixels, prompt=max_prompt, images=max_n, queue=queue, seconds=timeout,

@@ -21,6 +21,7 @@ import torch
 from mars.checkpoint import MarsModel
 from mars.errors import MarsError, RequestError
 from mars.image_tokenizer.model import ImageTokenizer
+from mars.memory import keep_little
 from mars.model.transformer import MarsTransformer
 from mars.pipeline import MarsPipeline
 from mars.pipeline.drawings import Drawn, Preview
@@ -44,6 +45,7 @@ class Replica:
     """A worker in a process of its own; `opening` gives its pipeline."""
 
     def __init__(self, opening: Callable[[], MarsPipeline]) -> None:
+        keep_little()
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         try:
             self.worker = Worker(opening(), queue=2**31)  # the app has counted
