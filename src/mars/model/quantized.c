@@ -10,7 +10,8 @@
  *
  * A block is 32 inputs. Codes of 8 and 4 bits are unsigned, with their zero at 128 or 8; activations become 8 bits with
  * one scale per block and row, as in llama.cpp, and sums inside a block are exact integers. With 16 bits, activations
- * and sums are fp32. Up to 8 rows share one reading of a weight; a row's sums do not depend on the rows beside it.
+ * and sums are fp32. Up to 8 rows share one reading of a weight, of 16 bits up to 16 where registers are many; a row's
+ * sums do not depend on the rows beside it.
  */
 #include <math.h>
 #include <stdint.h>
@@ -79,6 +80,8 @@ static Rows take_rows(const float *x, long rows, long inputs, long bits, void *m
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
+enum { MOST_HALF = 2 * MOST }; /* rows for weights of 16 bits: with more than MOST, of one tile */
+
 typedef __m512 Sums;
 static inline Sums zero_sums(void) { return _mm512_setzero_ps(); }
 static inline void store_sums(float *to, Sums sums) { _mm512_storeu_ps(to, sums); }
@@ -119,7 +122,7 @@ static inline __attribute__((always_inline)) void add_block(Sums *sums, const ui
 /* One or two tiles of 16 bits for `rows` activation rows: sums of one row that do not wait for each other. */
 static inline __attribute__((always_inline)) void run_half_tiles(const uint16_t *codes, const float *x, long stride, long inputs,
                                                                  float *out, long out_stride, int rows, int tiles) {
-  __m512 sums[MOST][2];
+  __m512 sums[MOST_HALF][2];
   for (int row = 0; row < rows; row++)
     for (int tile = 0; tile < tiles; tile++) sums[row][tile] = _mm512_setzero_ps();
   for (long i = 0; i < inputs; i++) {
@@ -139,6 +142,8 @@ static inline __attribute__((always_inline)) void run_half_tiles(const uint16_t 
 }
 
 #elif defined(__AVX2__) && defined(__F16C__) && defined(__FMA__)
+
+enum { MOST_HALF = MOST };
 
 typedef struct { __m256 half[2]; } Sums;
 static inline Sums zero_sums(void) { return (Sums){{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
@@ -263,16 +268,22 @@ static inline long chunks_of(const Weight *weight) { return (weight->outputs / T
 /* One chunk of out (rows, outputs) = x times a weight: a tile is read from memory once, for all rows. */
 static void run_chunk(const Rows *x, const Weight *weight, long chunk, float *out) {
   long tile = chunk * tiles_of(weight), end = least(tile + tiles_of(weight), weight->outputs / TILE);
-  for (long step = weight->bits == 16 ? 2 : 1; tile < end; tile += step) {
+  long most = weight->bits == 16 ? MOST_HALF : MOST, step = weight->bits == 16 && x->rows <= MOST ? 2 : 1;
+  for (; tile < end; tile += step) {
     long tiles = least(step, end - tile);
-    for (long first = 0; first < x->rows; first += MOST) {
-      switch (least(MOST, x->rows - first) + weight->bits * MOST) {
+    for (long first = 0; first < x->rows; first += most) {
+      switch (least(most, x->rows - first) + weight->bits * MOST_HALF) {
+#define HALF(N) case N + 16 * MOST_HALF: run_tile(x, first, weight, tile, tiles, out, N, 16); break;
 #define CASE(N) \
-  case N + 16 * MOST: run_tile(x, first, weight, tile, tiles, out, N, 16); break; \
-  case N + 8 * MOST: run_tile(x, first, weight, tile, 1, out, N, 8); break; \
-  case N + 4 * MOST: run_tile(x, first, weight, tile, 1, out, N, 4); break;
+  HALF(N) \
+  case N + 8 * MOST_HALF: run_tile(x, first, weight, tile, 1, out, N, 8); break; \
+  case N + 4 * MOST_HALF: run_tile(x, first, weight, tile, 1, out, N, 4); break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+        HALF(9) HALF(10) HALF(11) HALF(12) HALF(13) HALF(14) HALF(15) HALF(16)
+#endif
 #undef CASE
+#undef HALF
       }
     }
   }
