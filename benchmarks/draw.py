@@ -159,6 +159,7 @@ def measure(grid: int, repeats: int, baselines: list[str]) -> dict[str, Any]:
         ways["generate"] = models.generate
     if "janus" in baselines:
         ways["janus"] = janus(models)
+    ways["ours, fp16, one after the other"] = lambda count, heat: torch.cat([ours(1, heat) for _ in range(count)])
     for count in BATCHES:
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(repeats + 1):
