@@ -1,4 +1,7 @@
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,3 +54,21 @@ def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch: pytest.Monk
 def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MARS_KERNEL", "off")
     assert find_kernel() is None
+
+
+@pytest.mark.slow
+def test_a_processor_without_avx512_draws_the_same() -> None:
+    """The tests of the kernel, compiled for such a one."""
+    if find_kernel() is None:
+        pytest.skip("no C compiler, or a processor without AVX2")
+    tests = [str(Path(__file__).with_name(name)) for name in ("test_decoding.py", "test_quantized.py")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests],
+        env=os.environ | {"CC": "cc -mno-avx512f"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "passed" in done.stdout
+    assert "skipped" not in done.stdout

@@ -152,7 +152,7 @@ static void attend(Team *team, const Layer *layer, const Step *step, long row, l
   }
 }
 
-/* SiLU(gate) * up, rounded or in the place of gate: this thread's share of it. */
+/* SiLU(gate) * up, as `down` takes it: this thread's share of it. */
 static void gate_up(Team *team, const Layer *layer, const Step *step, int thread) {
   long inputs = team->ffn.inputs, blocks = (inputs + BLOCK - 1) / BLOCK, all = step->rows * step->positions * blocks;
   for (long i = all * thread / team->threads; i < all * (thread + 1) / team->threads; i++) {
@@ -164,7 +164,8 @@ static void gate_up(Team *team, const Layer *layer, const Step *step, int thread
     } else {
       for (long j = 0; j < count; j++) gate[j] = gate[j] / (1 + exponential(-gate[j])) * up[j];
     }
-    if (layer->down.bits != 16) round_block(gate, &team->ffn, row, block);
+    if (layer->down.bits == 16) take_whole(gate, &team->ffn, row, block * BLOCK, count);
+    else round_block(gate, &team->ffn, row, block);
   }
 }
 
@@ -206,22 +207,23 @@ int mars_decode(float *x, const Layer *layers, long count, const Step *step) {
   long queries = layers->q.outputs, kv = layers->k.outputs;
   long shared = rows * (queries + 2 * kv + heads + 2 * ffn + layers->o.outputs) * sizeof(float);
   long attention = step->head_width + step->longest, scratch = rows * width > attention ? rows * width : attention;
-  long own = (rows * width + scratch) * sizeof(float) + rounded_bytes(rows, width > heads ? width : heads);
+  long own = (rows * width + scratch) * sizeof(float) + taken_bytes(rows, width > heads ? width : heads, layers->q.bits);
   own = (own + LINE - 1) / LINE * LINE;
-  char *memory = malloc(shared + rounded_bytes(rows, ffn) + own * omp_get_max_threads());
+  long taken = taken_bytes(rows, layers->down.inputs, layers->down.bits);
+  taken = (taken + LINE - 1) / LINE * LINE;
+  char *memory = malloc(shared + taken + own * omp_get_max_threads());
   atomic_long *next = calloc(count * STRETCHES, sizeof *next);
   if (memory && next) {
     Team team = {.q = (float *)memory};
     team.k = team.q + rows * queries, team.v = team.k + rows * kv, team.mixed = team.v + rows * kv;
     team.gate = team.mixed + rows * heads, team.up = team.gate + rows * ffn, team.out = team.up + rows * ffn;
-    team.ffn = rounded_in(memory + shared, rows, layers->down.inputs);
-    team.ffn.whole = team.gate, team.ffn.stride = ffn;
+    team.ffn = rows_in(memory + shared, rows, layers->down.inputs, layers->down.bits);
 #pragma omp parallel
     {
 #pragma omp single
       team.threads = omp_get_num_threads();
       int thread = omp_get_thread_num();
-      float *mine = (float *)(memory + shared + rounded_bytes(rows, ffn) + own * thread), *rest = mine + rows * width;
+      float *mine = (float *)(memory + shared + taken + own * thread), *rest = mine + rows * width;
       memcpy(mine, x, rows * width * sizeof(float));
       for (long i = 0; i < count; i++)
         run_layer(&team, layers + i, step, thread, mine, rest, rest + scratch, next + i * STRETCHES);

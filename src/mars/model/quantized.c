@@ -10,8 +10,7 @@
  *
  * A block is 32 inputs. Codes of 8 and 4 bits are unsigned, with their zero at 128 or 8; activations become 8 bits with
  * one scale per block and row, as in llama.cpp, and sums inside a block are exact integers. With 16 bits, activations
- * and sums are fp32. Up to 8 rows share one reading of a weight, of 16 bits up to 16 where registers are many; a row's
- * sums do not depend on the rows beside it.
+ * and sums are fp32. Up to 8 rows share one reading of a weight; a row's sums do not depend on the rows beside it.
  */
 #include <math.h>
 #include <stdint.h>
@@ -21,24 +20,27 @@
 #include <immintrin.h>
 #endif
 
-enum { TILE = 16, BLOCK = 32, QUARTERS = BLOCK / 4, MOST = 8 };
+enum { TILE = 16, BLOCK = 32, QUARTERS = BLOCK / 4, MOST = 8, TILES = 3 };
 enum { LINE = 64, AHEAD = 4096 }; /* bytes of a cache line, and how far in front of the codes memory is asked for more */
 enum { CHUNK = 1 << 17 };         /* bytes that a thread takes at once: the next free ones, as a core may be disturbed */
 
-/* Rows of activations: as they are, for weights of 16 bits, or
- * in 8 bits, in groups of MOST that lie behind each other; inside a group the block comes first. */
+/* Rows of activations in groups of MOST that lie behind each other: as they are, for weights of 16 bits, or in 8 bits.
+ * Inside a group the input or block comes first, so that what is read together lies together. */
 typedef struct {
-  const float *whole; /* (rows, stride) */
-  long stride;
+  float *whole;       /* (groups, inputs, rows of the group) */
   int8_t *codes;      /* (groups, blocks, rows of the group, 32) */
   float *scales;      /* (groups, blocks, rows of the group) */
   int32_t *sums;      /* of codes, likewise */
   long rows, inputs;
 } Rows;
 
-static size_t rounded_bytes(long rows, long inputs) { return rows * inputs / BLOCK * (BLOCK + sizeof(float) + sizeof(int32_t)); }
+static size_t taken_bytes(long rows, long inputs, long bits) {
+  return bits == 16 ? rows * inputs * sizeof(float) : rows * inputs / BLOCK * (BLOCK + sizeof(float) + sizeof(int32_t));
+}
 
-static Rows rounded_in(void *memory, long rows, long inputs) {
+/* Room for rows that are yet to be taken; `memory` has `taken_bytes`. */
+static Rows rows_in(void *memory, long rows, long inputs, long bits) {
+  if (bits == 16) return (Rows){.whole = memory, .rows = rows, .inputs = inputs};
   float *scales = memory;
   int32_t *sums = (int32_t *)(scales + rows * inputs / BLOCK);
   return (Rows){.codes = (int8_t *)(sums + rows * inputs / BLOCK), .scales = scales, .sums = sums, .rows = rows, .inputs = inputs};
@@ -69,18 +71,25 @@ static inline void round_block(const float *from, const Rows *to, long row, long
   to->sums[place] = sum;
 }
 
-/* x (rows, inputs) as weights of some bits take it; `memory` has room for rounded rows. */
+/* Takes `count` values of a row, from input `first` on. */
+static inline void take_whole(const float *from, const Rows *to, long row, long first, long count) {
+  long group = row / MOST * MOST, rows = least(MOST, to->rows - group);
+  float *place = to->whole + group * to->inputs + first * rows + row - group;
+  for (long i = 0; i < count; i++) place[i * rows] = from[i];
+}
+
+/* x (rows, inputs) as weights of some bits take it; `memory` has `taken_bytes`. */
 static Rows take_rows(const float *x, long rows, long inputs, long bits, void *memory) {
-  if (bits == 16) return (Rows){.whole = x, .stride = inputs, .rows = rows, .inputs = inputs};
-  Rows to = rounded_in(memory, rows, inputs);
-  for (long row = 0; row < rows; row++)
-    for (long block = 0; block < inputs / BLOCK; block++) round_block(x + row * inputs + block * BLOCK, &to, row, block);
+  Rows to = rows_in(memory, rows, inputs, bits);
+  for (long row = 0; row < rows; row++) {
+    if (bits == 16) take_whole(x + row * inputs, &to, row, 0, inputs);
+    else
+      for (long block = 0; block < inputs / BLOCK; block++) round_block(x + row * inputs + block * BLOCK, &to, row, block);
+  }
   return to;
 }
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-
-enum { MOST_HALF = 2 * MOST }; /* rows for weights of 16 bits: with more than MOST, of one tile */
 
 typedef __m512 Sums;
 static inline Sums zero_sums(void) { return _mm512_setzero_ps(); }
@@ -119,21 +128,21 @@ static inline __attribute__((always_inline)) void add_block(Sums *sums, const ui
   }
 }
 
-/* One or two tiles of 16 bits for `rows` activation rows: sums of one row that do not wait for each other. */
-static inline __attribute__((always_inline)) void run_half_tiles(const uint16_t *codes, const float *x, long stride, long inputs,
+/* Up to three tiles of 16 bits for `rows` activation rows: 24 sums, three weights and an activation fill the registers. */
+static inline __attribute__((always_inline)) void run_half_tiles(const uint16_t *codes, const float *x, long inputs,
                                                                  float *out, long out_stride, int rows, int tiles) {
-  __m512 sums[MOST_HALF][2];
+  __m512 sums[MOST][TILES];
   for (int row = 0; row < rows; row++)
     for (int tile = 0; tile < tiles; tile++) sums[row][tile] = _mm512_setzero_ps();
   for (long i = 0; i < inputs; i++) {
-    __m512 weights[2];
+    __m512 weights[TILES];
     for (int tile = 0; tile < tiles; tile++) {
       const uint16_t *from = codes + (tile * inputs + i) * TILE;
       if (i % 2 == 0) __builtin_prefetch((const char *)from + AHEAD, 0, 2);
       weights[tile] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
     }
     for (int row = 0; row < rows; row++) {
-      __m512 one = _mm512_set1_ps(x[row * stride + i]);
+      __m512 one = _mm512_set1_ps(x[i * rows + row]);
       for (int tile = 0; tile < tiles; tile++) sums[row][tile] = _mm512_fmadd_ps(weights[tile], one, sums[row][tile]);
     }
   }
@@ -143,8 +152,6 @@ static inline __attribute__((always_inline)) void run_half_tiles(const uint16_t 
 
 #elif defined(__AVX2__) && defined(__F16C__) && defined(__FMA__)
 
-enum { MOST_HALF = MOST };
-
 typedef struct { __m256 half[2]; } Sums;
 static inline Sums zero_sums(void) { return (Sums){{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
 static inline void store_sums(float *to, Sums sums) {
@@ -153,7 +160,7 @@ static inline void store_sums(float *to, Sums sums) {
 }
 
 /* Four products of each of eight rows: weights below 16 do not overflow 16 bits, those of 8 bits are widened. */
-static inline __m256i dot(__m256i sum, __m256i weights, int32_t four, int bits) {
+static inline __m256i add_four(__m256i sum, __m256i weights, int32_t four, int bits) {
   __m256i x = _mm256_set1_epi32(four);
   if (bits == 4) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, x), _mm256_set1_epi16(1)));
@@ -176,8 +183,8 @@ static inline __attribute__((always_inline)) void add_block(Sums *sums, const ui
       if (bits == 4) weights = _mm256_and_si256(weights, low);
       for (int row = 0; row < rows; row++) {
         const int32_t *four = (const int32_t *)(x + row * BLOCK);
-        products[row] = dot(products[row], weights, four[part], bits);
-        if (bits == 4) products[row] = dot(products[row], second, four[part + QUARTERS / 2], bits);
+        products[row] = add_four(products[row], weights, four[part], bits);
+        if (bits == 4) products[row] = add_four(products[row], second, four[part + QUARTERS / 2], bits);
       }
     }
     __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(scales + 8 * side)));
@@ -189,7 +196,7 @@ static inline __attribute__((always_inline)) void add_block(Sums *sums, const ui
 }
 
 /* One half (8 outputs) of a tile of 16 bits, or both, for `rows` activation rows: 16 registers hold 8 sums and no more. */
-static inline __attribute__((always_inline)) void run_half_sides(const uint16_t *codes, const float *x, long stride, long inputs,
+static inline __attribute__((always_inline)) void run_half_sides(const uint16_t *codes, const float *x, long inputs,
                                                                  float *out, long out_stride, int rows, int sides) {
   __m256 sums[MOST][2];
   for (int row = 0; row < rows; row++)
@@ -199,23 +206,22 @@ static inline __attribute__((always_inline)) void run_half_sides(const uint16_t 
     for (int side = 0; side < sides; side++) {
       __m256 weights = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(codes + 8 * side)));
       for (int row = 0; row < rows; row++)
-        sums[row][side] = _mm256_fmadd_ps(weights, _mm256_set1_ps(x[row * stride + i]), sums[row][side]);
+        sums[row][side] = _mm256_fmadd_ps(weights, _mm256_set1_ps(x[i * rows + row]), sums[row][side]);
     }
   }
   for (int row = 0; row < rows; row++)
     for (int side = 0; side < sides; side++) _mm256_storeu_ps(out + row * out_stride + 8 * side, sums[row][side]);
 }
 
-static inline __attribute__((always_inline)) void run_half_tiles(const uint16_t *codes, const float *x, long stride, long inputs,
+static inline __attribute__((always_inline)) void run_half_tiles(const uint16_t *codes, const float *x, long inputs,
                                                                  float *out, long out_stride, int rows, int tiles) {
-  if (tiles == 2) {
-    run_half_tiles(codes, x, stride, inputs, out, out_stride, rows, 1);
-    run_half_tiles(codes + inputs * TILE, x, stride, inputs, out + TILE, out_stride, rows, 1);
-  } else if (rows <= MOST / 2) {
-    run_half_sides(codes, x, stride, inputs, out, out_stride, rows, 2);
-  } else {
-    run_half_sides(codes, x, stride, inputs, out, out_stride, rows, 1);
-    run_half_sides(codes + 8, x, stride, inputs, out + 8, out_stride, rows, 1);
+  for (int tile = 0; tile < tiles; tile++, codes += inputs * TILE, out += TILE) {
+    if (rows <= MOST / 2) {
+      run_half_sides(codes, x, inputs, out, out_stride, rows, 2);
+    } else {
+      run_half_sides(codes, x, inputs, out, out_stride, rows, 1);
+      run_half_sides(codes + 8, x, inputs, out + 8, out_stride, rows, 1);
+    }
   }
 }
 
@@ -230,15 +236,16 @@ typedef struct {
   long outputs, inputs, bits;
 } Weight;
 
-/* One tile, or of 16 bits up to two, for activation rows `first` .. `first` + `rows`. */
+/* One tile, or of 16 bits up to TILES, for activation rows `first` .. `first` + `rows`. */
 static inline __attribute__((always_inline)) void run_tile(const Rows *x, long first, const Weight *weight, long tile, long tiles,
                                                            float *out, int rows, int bits) {
   out += first * weight->outputs + tile * TILE;
   if (bits == 16) {
     const uint16_t *codes = (const uint16_t *)weight->codes + tile * weight->inputs * TILE;
-    const float *from = x->whole + first * x->stride;
-    if (tiles == 1) run_half_tiles(codes, from, x->stride, weight->inputs, out, weight->outputs, rows, 1);
-    else run_half_tiles(codes, from, x->stride, weight->inputs, out, weight->outputs, rows, 2);
+    const float *from = x->whole + first * weight->inputs;
+    if (tiles == 1) run_half_tiles(codes, from, weight->inputs, out, weight->outputs, rows, 1);
+    else if (tiles == 2) run_half_tiles(codes, from, weight->inputs, out, weight->outputs, rows, 2);
+    else run_half_tiles(codes, from, weight->inputs, out, weight->outputs, rows, 3);
     return;
   }
   long blocks = weight->inputs / BLOCK, bytes = TILE * BLOCK * bits / 8;
@@ -268,22 +275,16 @@ static inline long chunks_of(const Weight *weight) { return (weight->outputs / T
 /* One chunk of out (rows, outputs) = x times a weight: a tile is read from memory once, for all rows. */
 static void run_chunk(const Rows *x, const Weight *weight, long chunk, float *out) {
   long tile = chunk * tiles_of(weight), end = least(tile + tiles_of(weight), weight->outputs / TILE);
-  long most = weight->bits == 16 ? MOST_HALF : MOST, step = weight->bits == 16 && x->rows <= MOST ? 2 : 1;
-  for (; tile < end; tile += step) {
+  for (long step = weight->bits == 16 ? TILES : 1; tile < end; tile += step) {
     long tiles = least(step, end - tile);
-    for (long first = 0; first < x->rows; first += most) {
-      switch (least(most, x->rows - first) + weight->bits * MOST_HALF) {
-#define HALF(N) case N + 16 * MOST_HALF: run_tile(x, first, weight, tile, tiles, out, N, 16); break;
+    for (long first = 0; first < x->rows; first += MOST) {
+      switch (least(MOST, x->rows - first) + weight->bits * MOST) {
 #define CASE(N) \
-  HALF(N) \
-  case N + 8 * MOST_HALF: run_tile(x, first, weight, tile, 1, out, N, 8); break; \
-  case N + 4 * MOST_HALF: run_tile(x, first, weight, tile, 1, out, N, 4); break;
+  case N + 16 * MOST: run_tile(x, first, weight, tile, tiles, out, N, 16); break; \
+  case N + 8 * MOST: run_tile(x, first, weight, tile, 1, out, N, 8); break; \
+  case N + 4 * MOST: run_tile(x, first, weight, tile, 1, out, N, 4); break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-        HALF(9) HALF(10) HALF(11) HALF(12) HALF(13) HALF(14) HALF(15) HALF(16)
-#endif
 #undef CASE
-#undef HALF
       }
     }
   }
@@ -303,7 +304,7 @@ static int run_any_chunk(const Rows *x, const Weight *weights, float *const *out
 
 /* Each of outs (rows, outputs) = x (rows, inputs) times a weight. Returns 0, or 1 when memory ran out. */
 int mars_multiply(const float *x, long rows, long inputs, const Weight *weights, float *const *outs, long count) {
-  void *memory = malloc(rounded_bytes(rows, inputs));
+  void *memory = malloc(taken_bytes(rows, inputs, weights->bits));
   if (!memory) return 1;
   Rows taken = take_rows(x, rows, inputs, weights->bits, memory);
   long chunks = 0;
