@@ -38,6 +38,8 @@ BURST = 100
 BURST_EVERY = 10.0
 SLOPE = 20_000.0
 """Bytes a second by which a server may seem to grow."""
+WARM = 240
+"""Seconds of a run whose second half is judged by that: in shorter ones the server still warms up."""
 
 Case = tuple[str, int]
 """A prompt and a seed."""
@@ -205,7 +207,7 @@ def figures(load: Load, *, clients: int) -> dict[str, Any]:
     """As JSON."""
     outcome, memory = load.outcome, load.outcome.memory
     grown = slope(memory[len(memory) // 2 :])
-    if grown > SLOPE and len(memory) >= 60:  # before, it warms up
+    if grown > SLOPE and len(memory) >= WARM:
         outcome.failures.append(f"memory grows by {grown:.0f} bytes a second")
     cuts = quantiles(outcome.seconds, n=100) if len(outcome.seconds) > 1 else [0.0] * 99
     return {
