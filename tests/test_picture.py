@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import io
 import json
 import struct
@@ -8,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageChops, ImageOps
+from PIL._util import DeferredError
 
 from mars.errors import ImageError
-from mars.picture import GeneratedImage, on_white_page, open_picture
+from mars.picture import GeneratedImage, on_white_page, open_picture, read_picture
 
 TEXT = {"prompt": '红苹果 \N{GRINNING FACE} "quoted"\nsecond line', "seed": "7", "settings": json.dumps({"top_p": 0.9})}
 
@@ -128,6 +130,16 @@ def test_a_picture_with_wrong_bytes_opens_or_is_an_image_error(tmp_path: Path, k
         (tmp_path / "a").write_bytes(bytes(content))
         with contextlib.suppress(ImageError):
             open_picture(tmp_path / "a")
+
+
+def test_a_damaged_picture_is_let_go_though_its_error_is_held(tmp_path: Path) -> None:
+    Image.effect_noise((311, 313), 50).convert("RGB").save(tmp_path / "one.png")
+    content = (tmp_path / "one.png").read_bytes()[:20_000]
+    with pytest.raises(ImageError, match="damaged or cut short") as _error:
+        read_picture(io.BytesIO(content), name="one")
+    held = [one for one in gc.get_objects() if issubclass(type(one), Image.Image) and one.size == (311, 313)]
+    assert held  # by the frames of the error
+    assert all(isinstance(one._im, DeferredError) for one in held)
 
 
 def test_what_is_no_picture_is_one_line(tmp_path: Path) -> None:

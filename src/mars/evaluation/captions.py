@@ -27,7 +27,7 @@ COMMAS = re.compile(r"[,，、]")
 
 
 def names_of(picture: Picture, *, language: str, kinds: Sequence[str] = NAMES) -> frozenset[str]:
-    """What a picture may be called; names with commas also up to the first."""
+    """What a picture may be called: all that stands between commas in its captions."""
     texts = [one.text for one in picture.record.captions if one.language == language and one.kind in kinds]
     return frozenset(part.strip().casefold() for text in texts for part in COMMAS.split(text)) - {""}
 
@@ -53,16 +53,16 @@ def measure_captions(
         chosen = [shard[key] for key in random.Random(f"{seed}/{split}").sample(keys, min(count, len(keys)))]
         for language in LANGUAGES if chosen else ():
             written = [pipe.caption(Image.fromarray(one.pixels()), language=language) for one in chosen]
-            figures.setdefault(title, {})[language] = judge(chosen, written, language=language, seed=seed)
-            for one, caption in zip(chosen, written, strict=True):
-                right = said(caption) in names_of(one, language=language)
-                about = {"bench": "captions", "set": title, "language": language, "key": one.record.key}
-                lines.append({**about, "caption": caption, "right": right})
+            judged = judge(chosen, written, language=language, seed=seed)
+            about = {"bench": "captions", "set": title, "language": language}
+            for one, caption, right in zip(chosen, written, judged.pop("rights"), strict=True):
+                lines.append({**about, "key": one.record.key, "caption": caption, "right": right})
+            figures.setdefault(title, {})[language] = judged
     return figures, lines
 
 
 def judge(pictures: Sequence[Picture], captions: Sequence[str], *, language: str, seed: int) -> dict[str, Any]:
-    """Figures of captions that were written of as many pictures."""
+    """Figures of captions that were written of as many pictures, with `rights`, one for each."""
     calls = [said(caption) for caption in captions]
     named = [names_of(one, language=language) for one in pictures]
     fits_NN = np.array([[call in names for call in calls] for names in named], dtype=np.float64)
@@ -77,6 +77,7 @@ def judge(pictures: Sequence[Picture], captions: Sequence[str], *, language: str
         "right": summary(right_N, floor=floor_N, ceiling=np.ones_like(right_N), seed=seed),
         "exact": float(exact_N.mean()),
         "exact_interval": interval(resample([exact_N], seed=seed)[0]),
+        "rights": [bool(one) for one in right_N],
     }
 
 

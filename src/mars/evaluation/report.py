@@ -1,7 +1,7 @@
 """What an evaluation leaves behind: report.json, report.md, predictions.jsonl, pictures; each whole or not at all."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,13 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _each(benches: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The figures of each name and language."""
+    for name, languages in benches.items():
+        for language, figures in languages.items():
+            yield name, language, figures
+
+
 def _retrieval(sets: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     lines = [
         f"Top-1 and top-5 retrieval of the true picture among {settings['candidates']} of its own style, by features "
@@ -132,10 +139,9 @@ def _retrieval(sets: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         "| prompts | language | n | top-1 | floor | ceiling | share | top-5 | floor | ceiling | share |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for name, languages in sets.items():
-        for language, figures in languages.items():
-            cells = [cell for top in ("top1", "top5") for cell in _cells(figures[top])]
-            lines.append(f"| {name} | {language} | {figures['prompts']} | {' | '.join(cells)} |")
+    for name, language, figures in _each(sets):
+        cells = [cell for top in ("top1", "top5") for cell in _cells(figures[top])]
+        lines.append(f"| {name} | {language} | {figures['prompts']} | {' | '.join(cells)} |")
     return lines
 
 
@@ -149,11 +155,10 @@ def _composition(categories: dict[str, Any], _: dict[str, Any]) -> list[str]:
         f"| category | language | n | right | floor | ceiling | share | detector | {' | '.join(names)} |",
         f"|---|---|{'--:|' * (6 + len(names))}",
     ]
-    for category, languages in categories.items():
-        for language, figures in languages.items():
-            cells = [*_cells(figures["right"]), f"{figures['detector']:.1%}"]
-            cells += [f"{figures['respects'][name]:.0%}" for name in names]
-            lines.append(f"| {category} | {language} | {figures['prompts']} | {' | '.join(cells)} |")
+    for category, language, figures in _each(categories):
+        cells = [*_cells(figures["right"]), f"{figures['detector']:.1%}"]
+        cells += [f"{figures['respects'][name]:.0%}" for name in names]
+        lines.append(f"| {category} | {language} | {figures['prompts']} | {' | '.join(cells)} |")
     return lines
 
 
@@ -165,11 +170,10 @@ def _captions(sets: dict[str, Any], _: dict[str, Any]) -> list[str]:
         "| pictures | language | n | right | floor | exact |",
         "|---|---|--:|--:|--:|--:|",
     ]
-    for name, languages in sets.items():
-        for language, figures in languages.items():
-            right, floor = _cells(figures["right"])[:2]
-            exact = "{:.1%} ({:.1%}..{:.1%})".format(figures["exact"], *figures["exact_interval"])
-            lines.append(f"| {name} | {language} | {figures['pictures']} | {right} | {floor} | {exact} |")
+    for name, language, figures in _each(sets):
+        right, floor = _cells(figures["right"])[:2]
+        exact = "{:.1%} ({:.1%}..{:.1%})".format(figures["exact"], *figures["exact_interval"])
+        lines.append(f"| {name} | {language} | {figures['pictures']} | {right} | {floor} | {exact} |")
     return lines
 
 
