@@ -57,14 +57,19 @@ def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_processor_without_avx512_draws_the_same() -> None:
+@pytest.mark.parametrize(
+    "compiler",
+    ["cc -mno-avx512f", "cc -mno-amx-int8", "cc -DTILE_DATA=63"],
+    ids=["no AVX-512", "no AMX", "AMX that the system refuses"],
+)
+def test_a_lesser_processor_draws_the_same(compiler: str) -> None:
     """The tests of the kernel, compiled for such a one."""
     if find_kernel() is None:
         pytest.skip("no C compiler, or a processor without AVX2")
     tests = [str(Path(__file__).with_name(name)) for name in ("test_decoding.py", "test_quantized.py")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests],
-        env=os.environ | {"CC": "cc -mno-avx512f"},
+        env=os.environ | {"CC": compiler},
         capture_output=True,
         text=True,
         check=False,

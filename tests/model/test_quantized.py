@@ -11,6 +11,7 @@ from mars.errors import ModelError
 from mars.model.kernel import find_kernel
 from mars.model.quantized import (
     Bits,
+    HalfWeight,
     QuantizedLinear,
     dequantize,
     quantize,
@@ -19,6 +20,7 @@ from mars.model.quantized import (
 )
 
 BITS: tuple[Bits, ...] = (4, 8)
+needs_kernel = pytest.mark.skipif(find_kernel() is None, reason="no C compiler, or a processor without AVX2")
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -134,3 +136,44 @@ def test_every_linear_layer_of_a_model_is_replaced() -> None:
     quantize_linears(model, bits=8)
     assert not any(isinstance(part, nn.Linear) for part in model.modules())
     torch.testing.assert_close(model(x), wanted, rtol=0.05, atol=0.02)
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [(80, 160), (21, 100), (16, 64), (48, 7)])
+@pytest.mark.parametrize("rows", [1, 2, 8, 16, 17, 37])
+def test_16_bits_lie_as_close_as_fp16_and_rows_do_not_matter(shape: tuple[int, int], rows: int) -> None:
+    weight, x = torch.randn(shape) * torch.logspace(-3, 3, shape[0])[:, None], torch.randn(rows, shape[1])
+    x[:, 1] *= 1000  # as language models have
+    x[0] *= 1e-6
+    packed = HalfWeight.pack(weight)
+    found = packed.multiply(x)
+    assert found.shape == (rows, -(-shape[0] // 16) * 16)
+    assert found[:, shape[0] :].eq(0).all()
+    exact = x.double() @ weight.double().T
+    apart = (found[:, : shape[0]] - exact).norm(dim=1)
+    allowed = (x.double() @ weight.half().double().T - exact).norm(dim=1) + exact.norm(dim=1) * 1e-6
+    assert bool((apart <= allowed * 1.1).all())
+    for row in range(rows):
+        assert torch.equal(packed.multiply(x[row]), found[row])
+
+
+@needs_kernel
+def test_16_bits_take_zeros_and_show_what_is_not_a_number() -> None:
+    weight = torch.randn(32, 70)
+    weight[3] = 0
+    packed, x = HalfWeight.pack(weight), torch.randn(4, 70)
+    x[1] = 0
+    wanted = packed.multiply(x)
+    assert wanted[1].eq(0).all()
+    assert wanted[:, 3].eq(0).all()
+    x[2, 69] = torch.nan
+    x[3, 0] = torch.inf
+    found = packed.multiply(x)
+    assert torch.equal(found[:2], wanted[:2])
+    assert not found[2:, :3].isfinite().any()
+
+
+@needs_kernel
+def test_16_bits_need_inputs_whose_sums_fit() -> None:
+    with pytest.raises(ModelError, match=r"65,536 inputs.* got 70000; open the model with precision fp32"):
+        HalfWeight.pack(torch.zeros(1, 70000))

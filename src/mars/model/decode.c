@@ -152,19 +152,20 @@ static void attend(Team *team, const Layer *layer, const Step *step, long row, l
   }
 }
 
-/* SiLU(gate) * up, as `down` takes it: this thread's share of it. */
-static void gate_up(Team *team, const Layer *layer, const Step *step, int thread) {
-  long inputs = team->ffn.inputs, blocks = (inputs + BLOCK - 1) / BLOCK, all = step->rows * step->positions * blocks;
-  for (long i = all * thread / team->threads; i < all * (thread + 1) / team->threads; i++) {
-    long row = i / blocks, block = i % blocks, count = least(BLOCK, inputs - block * BLOCK);
-    float *gate = team->gate + row * layer->gate.outputs + block * BLOCK, *up = team->up + row * layer->gate.outputs + block * BLOCK;
-    if (count == BLOCK) {
+static inline void gate_values(float *gate, const float *up, long count) {
 #pragma omp simd
-      for (int j = 0; j < BLOCK; j++) gate[j] = gate[j] / (1 + exponential(-gate[j])) * up[j];
-    } else {
-      for (long j = 0; j < count; j++) gate[j] = gate[j] / (1 + exponential(-gate[j])) * up[j];
-    }
-    if (layer->down.bits == 16) take_whole(gate, &team->ffn, row, block * BLOCK, count);
+  for (long i = 0; i < count; i++) gate[i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
+}
+
+/* SiLU(gate) * up, as `down` takes it: this thread's share of it, of rows or of blocks of 32. */
+static void gate_up(Team *team, const Layer *layer, const Step *step, int thread) {
+  long inputs = team->ffn.inputs, outputs = layer->gate.outputs, rows = step->rows * step->positions, bits = layer->down.bits;
+  long blocks = bits == 16 ? 1 : inputs / BLOCK, count = bits == 16 ? inputs : BLOCK, all = rows * blocks;
+  for (long i = all * thread / team->threads; i < all * (thread + 1) / team->threads; i++) {
+    long row = i / blocks, block = i % blocks;
+    float *gate = team->gate + row * outputs + block * count;
+    gate_values(gate, team->up + row * outputs + block * count, count);
+    if (bits == 16) take_row(gate, &team->ffn, row);
     else round_block(gate, &team->ffn, row, block);
   }
 }

@@ -37,13 +37,12 @@ class HalfWeights:
         state = weight.data_ptr(), 0 if weight.is_inference() else weight._version
         found = self._copies.get(name)
         if found is None or found[0] != state:
-            copy = HalfWeight.pack(weight)
-            if not bool(copy.codes.isfinite().all()):
+            if not bool((weight.abs() <= HalfWeight.LARGEST).all()):
                 raise ModelError(
                     f"{name}: weights must lie in the range of fp16, up to 65,504 in size, got "
                     f"{float(weight.abs().max()):.3g}; open the model with precision fp32"
                 )
-            self._copies[name] = found = state, copy
+            self._copies[name] = found = state, HalfWeight.pack(weight)
         return found[1]
 
 

@@ -17,8 +17,9 @@ from mars.errors import ModelError
 from mars.files import cache_folder, whole_file
 
 _SOURCE = Path(__file__).with_name("decode.c")
-_PARTS = (_SOURCE, _SOURCE.with_name("quantized.c"))
+_PARTS = tuple(_SOURCE.with_name(f"{name}.c") for name in ("decode", "quantized", "halves", "tiles"))
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
+_WITHOUT_TILES = ("-mno-amx-tile", "-mno-amx-int8")
 _SECONDS = 60
 
 KINDS = (torch.float32, torch.float16, torch.bfloat16)
@@ -72,6 +73,14 @@ class Kernel:
         self._quantize = library.mars_quantize
         self._quantize.argtypes = [pointer, ctypes.c_int, size, size, ctypes.c_int, pointer, pointer]
         self._quantize.restype = None
+        self._pack = library.mars_pack
+        self._pack.argtypes = [pointer, size, size, pointer, pointer]
+        self._pack.restype = None
+        self._packed_bytes = library.mars_packed_bytes
+        self._packed_bytes.argtypes = [size, size]
+        self._packed_bytes.restype = size
+        self.may_run = bool(library.mars_may_run())
+        """Whether the system lets this process use what the kernel was compiled for."""
         self.read = library.mars_read
         """Reads memory and does nothing with it: (address, words of 8 bytes)."""
         self.read.argtypes = [pointer, size]
@@ -93,6 +102,15 @@ class Kernel:
         addresses = codes.data_ptr(), scales.data_ptr()
         self._quantize(weight.data_ptr(), KINDS.index(weight.dtype), *weight.shape, bits, *addresses)
 
+    def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """A contiguous fp32 weight (outputs, inputs) in 16 bits: codes (tiles, bytes) and fp32 scales (tiles, 16)."""
+        outputs, inputs = weight.shape
+        tiles = -(-outputs // 16)
+        codes = torch.empty(tiles, self._packed_bytes(16, inputs), dtype=torch.uint8)
+        scales = torch.ones(tiles, 16)
+        self._pack(weight.data_ptr(), outputs, inputs, codes.data_ptr(), scales.data_ptr())
+        return codes, scales
+
     def decode(self, x: Tensor, layers: "ctypes.Array[Layer]", step: Step) -> None:
         """Runs x (rows * positions, width) through layers, in place, and adds columns to their caches.
 
@@ -112,13 +130,20 @@ def find_kernel() -> Kernel | None:
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if compiler is None or os.environ.get("MARS_KERNEL") == "off":
         return None
+    found = _compile(compiler, _FLAGS)
+    if found is not None and not found.may_run:
+        found = _compile(compiler, _FLAGS + _WITHOUT_TILES)
+    return found
+
+
+def _compile(compiler: str, flags: tuple[str, ...]) -> Kernel | None:
     sources = b"".join(part.read_bytes() for part in _PARTS)
-    key = hashlib.sha256(sources + repr((_FLAGS, compiler)).encode() + _processor()).hexdigest()
+    key = hashlib.sha256(sources + repr((flags, compiler)).encode() + _processor()).hexdigest()
     library = cache_folder() / "kernels" / f"decode-{key[:16]}.so"
     try:
         if not library.is_file():
             with whole_file(library, error=ModelError) as partial:
-                command = [*compiler.split(), *_FLAGS, str(_SOURCE), "-o", str(partial), "-lm"]
+                command = [*compiler.split(), *flags, str(_SOURCE), "-o", str(partial), "-lm"]
                 subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
         return Kernel(library)
     except (ModelError, OSError, subprocess.SubprocessError):

@@ -6,11 +6,10 @@
  *   codes  [tile][block][16 rows x 32 inputs]   8 bits: quarter q of a block holds inputs 4 q .. 4 q + 3 of each row
  *                                               4 bits: byte i of half h is quarters q = h and h + 4 (low, high bits)
  *   scales [tile][block][16 rows] fp16
- *   codes  [tile][input][16 rows]               16 bits: fp16, without scales
  *
  * A block is 32 inputs. Codes of 8 and 4 bits are unsigned, with their zero at 128 or 8; activations become 8 bits with
- * one scale per block and row, as in llama.cpp, and sums inside a block are exact integers. With 16 bits, activations
- * and sums are fp32. Up to 8 rows share one reading of a weight; a row's sums do not depend on the rows beside it.
+ * one scale per block and row, as in llama.cpp, and sums inside a block are exact integers. Up to 8 rows share one reading
+ * of a weight; a row's sums do not depend on the rows beside it. For weights of 16 bits see tiles.c and halves.c.
  */
 #include <math.h>
 #include <stdint.h>
@@ -20,12 +19,12 @@
 #include <immintrin.h>
 #endif
 
-enum { TILE = 16, BLOCK = 32, QUARTERS = BLOCK / 4, MOST = 8, TILES = 3 };
+enum { TILE = 16, BLOCK = 32, QUARTERS = BLOCK / 4, MOST = 8 };
 enum { LINE = 64, AHEAD = 4096 }; /* bytes of a cache line, and how far in front of the codes memory is asked for more */
 enum { CHUNK = 1 << 17 };         /* bytes that a thread takes at once: the next free ones, as a core may be disturbed */
 
-/* Rows of activations in groups of MOST that lie behind each other: as they are, for weights of 16 bits, or in 8 bits.
- * Inside a group the input or block comes first, so that what is read together lies together. */
+/* Rows of activations in groups that lie behind each other: in 8 bits, or as weights of 16 bits want them. a group the
+ * input or block comes first, so that what is read together lies together. */
 typedef struct {
   float *whole;       /* (groups, inputs, rows of the group) */
   int8_t *codes;      /* (groups, blocks, rows of the group, 32) */
@@ -34,19 +33,34 @@ typedef struct {
   long rows, inputs;
 } Rows;
 
+/* A weight; outputs is a multiple of 16, inputs one of 32, or with 16 bits any number. */
+typedef struct {
+  const uint8_t *codes;
+  const void *scales;
+  long outputs, inputs, bits;
+} Weight;
+
+static inline long least(long a, long b) { return a < b ? a : b; }
+
+#if defined(__AMX_INT8__) && defined(__AVX512BW__) && defined(__linux__)
+#include "tiles.c"
+#elif defined(__AVX2__) && defined(__F16C__) && defined(__FMA__)
+#include "halves.c"
+#else
+#error "this kernel needs AVX2 with FMA and F16C"
+#endif
+
 static size_t taken_bytes(long rows, long inputs, long bits) {
-  return bits == 16 ? rows * inputs * sizeof(float) : rows * inputs / BLOCK * (BLOCK + sizeof(float) + sizeof(int32_t));
+  return bits == 16 ? whole_bytes(rows, inputs) : rows * inputs / BLOCK * (BLOCK + sizeof(float) + sizeof(int32_t));
 }
 
 /* Room for rows that are yet to be taken; `memory` has `taken_bytes`. */
 static Rows rows_in(void *memory, long rows, long inputs, long bits) {
-  if (bits == 16) return (Rows){.whole = memory, .rows = rows, .inputs = inputs};
+  if (bits == 16) return whole_rows_in(memory, rows, inputs);
   float *scales = memory;
   int32_t *sums = (int32_t *)(scales + rows * inputs / BLOCK);
   return (Rows){.codes = (int8_t *)(sums + rows * inputs / BLOCK), .scales = scales, .sums = sums, .rows = rows, .inputs = inputs};
 }
-
-static inline long least(long a, long b) { return a < b ? a : b; }
 
 /* Rounds 32 values of a row. */
 static inline void round_block(const float *from, const Rows *to, long row, long block) {
@@ -71,18 +85,11 @@ static inline void round_block(const float *from, const Rows *to, long row, long
   to->sums[place] = sum;
 }
 
-/* Takes `count` values of a row, from input `first` on. */
-static inline void take_whole(const float *from, const Rows *to, long row, long first, long count) {
-  long group = row / MOST * MOST, rows = least(MOST, to->rows - group);
-  float *place = to->whole + group * to->inputs + first * rows + row - group;
-  for (long i = 0; i < count; i++) place[i * rows] = from[i];
-}
-
 /* x (rows, inputs) as weights of some bits take it; `memory` has `taken_bytes`. */
 static Rows take_rows(const float *x, long rows, long inputs, long bits, void *memory) {
   Rows to = rows_in(memory, rows, inputs, bits);
   for (long row = 0; row < rows; row++) {
-    if (bits == 16) take_whole(x + row * inputs, &to, row, 0, inputs);
+    if (bits == 16) take_row(x + row * inputs, &to, row);
     else
       for (long block = 0; block < inputs / BLOCK; block++) round_block(x + row * inputs + block * BLOCK, &to, row, block);
   }
@@ -128,29 +135,7 @@ static inline __attribute__((always_inline)) void add_block(Sums *sums, const ui
   }
 }
 
-/* Up to three tiles of 16 bits for `rows` activation rows: 24 sums, three weights and an activation fill the registers. */
-static inline __attribute__((always_inline)) void run_half_tiles(const uint16_t *codes, const float *x, long inputs,
-                                                                 float *out, long out_stride, int rows, int tiles) {
-  __m512 sums[MOST][TILES];
-  for (int row = 0; row < rows; row++)
-    for (int tile = 0; tile < tiles; tile++) sums[row][tile] = _mm512_setzero_ps();
-  for (long i = 0; i < inputs; i++) {
-    __m512 weights[TILES];
-    for (int tile = 0; tile < tiles; tile++) {
-      const uint16_t *from = codes + (tile * inputs + i) * TILE;
-      if (i % 2 == 0) __builtin_prefetch((const char *)from + AHEAD, 0, 2);
-      weights[tile] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
-    }
-    for (int row = 0; row < rows; row++) {
-      __m512 one = _mm512_set1_ps(x[i * rows + row]);
-      for (int tile = 0; tile < tiles; tile++) sums[row][tile] = _mm512_fmadd_ps(weights[tile], one, sums[row][tile]);
-    }
-  }
-  for (int row = 0; row < rows; row++)
-    for (int tile = 0; tile < tiles; tile++) _mm512_storeu_ps(out + row * out_stride + tile * TILE, sums[row][tile]);
-}
-
-#elif defined(__AVX2__) && defined(__F16C__) && defined(__FMA__)
+#else
 
 typedef struct { __m256 half[2]; } Sums;
 static inline Sums zero_sums(void) { return (Sums){{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
@@ -195,59 +180,12 @@ static inline __attribute__((always_inline)) void add_block(Sums *sums, const ui
   }
 }
 
-/* One half (8 outputs) of a tile of 16 bits, or both, for `rows` activation rows: 16 registers hold 8 sums and no more. */
-static inline __attribute__((always_inline)) void run_half_sides(const uint16_t *codes, const float *x, long inputs,
-                                                                 float *out, long out_stride, int rows, int sides) {
-  __m256 sums[MOST][2];
-  for (int row = 0; row < rows; row++)
-    for (int side = 0; side < sides; side++) sums[row][side] = _mm256_setzero_ps();
-  for (long i = 0; i < inputs; i++, codes += TILE) {
-    if (i % 2 == 0) __builtin_prefetch((const char *)codes + AHEAD, 0, 2);
-    for (int side = 0; side < sides; side++) {
-      __m256 weights = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(codes + 8 * side)));
-      for (int row = 0; row < rows; row++)
-        sums[row][side] = _mm256_fmadd_ps(weights, _mm256_set1_ps(x[i * rows + row]), sums[row][side]);
-    }
-  }
-  for (int row = 0; row < rows; row++)
-    for (int side = 0; side < sides; side++) _mm256_storeu_ps(out + row * out_stride + 8 * side, sums[row][side]);
-}
-
-static inline __attribute__((always_inline)) void run_half_tiles(const uint16_t *codes, const float *x, long inputs,
-                                                                 float *out, long out_stride, int rows, int tiles) {
-  for (int tile = 0; tile < tiles; tile++, codes += inputs * TILE, out += TILE) {
-    if (rows <= MOST / 2) {
-      run_half_sides(codes, x, inputs, out, out_stride, rows, 2);
-    } else {
-      run_half_sides(codes, x, inputs, out, out_stride, rows, 1);
-      run_half_sides(codes + 8, x, inputs, out + 8, out_stride, rows, 1);
-    }
-  }
-}
-
-#else
-#error "this kernel needs AVX2 with FMA and F16C"
 #endif
 
-/* A weight; outputs is a multiple of 16, inputs one of 32, or with 16 bits any number. */
-typedef struct {
-  const uint8_t *codes;
-  const uint16_t *scales;
-  long outputs, inputs, bits;
-} Weight;
-
-/* One tile, or of 16 bits up to TILES, for activation rows `first` .. `first` + `rows`. */
-static inline __attribute__((always_inline)) void run_tile(const Rows *x, long first, const Weight *weight, long tile, long tiles,
-                                                           float *out, int rows, int bits) {
+/* One tile for activation rows `first` .. `first` + `rows`. */
+static inline __attribute__((always_inline)) void run_tile(const Rows *x, long first, const Weight *weight, long tile, float *out,
+                                                           int rows, int bits) {
   out += first * weight->outputs + tile * TILE;
-  if (bits == 16) {
-    const uint16_t *codes = (const uint16_t *)weight->codes + tile * weight->inputs * TILE;
-    const float *from = x->whole + first * weight->inputs;
-    if (tiles == 1) run_half_tiles(codes, from, weight->inputs, out, weight->outputs, rows, 1);
-    else if (tiles == 2) run_half_tiles(codes, from, weight->inputs, out, weight->outputs, rows, 2);
-    else run_half_tiles(codes, from, weight->inputs, out, weight->outputs, rows, 3);
-    return;
-  }
   long blocks = weight->inputs / BLOCK, bytes = TILE * BLOCK * bits / 8;
   const int8_t *x_codes = x->codes + first * weight->inputs;
   const float *x_scales = x->scales + first * blocks;
@@ -256,7 +194,7 @@ static inline __attribute__((always_inline)) void run_tile(const Rows *x, long f
   for (int row = 0; row < rows; row++) sums[row] = zero_sums();
   for (long block = 0; block < blocks; block++) {
     const uint8_t *codes = weight->codes + (tile * blocks + block) * bytes;
-    const uint16_t *scales = weight->scales + (tile * blocks + block) * TILE;
+    const uint16_t *scales = (const uint16_t *)weight->scales + (tile * blocks + block) * TILE;
     for (long line = 0; line < bytes; line += LINE) __builtin_prefetch(codes + AHEAD + line, 0, 2);
     __builtin_prefetch(scales + AHEAD / 16, 0, 2);
     add_block(sums, codes, scales, x_codes + block * rows * BLOCK, x_scales + block * rows, x_sums + block * rows, rows, bits);
@@ -275,14 +213,13 @@ static inline long chunks_of(const Weight *weight) { return (weight->outputs / T
 /* One chunk of out (rows, outputs) = x times a weight: a tile is read from memory once, for all rows. */
 static void run_chunk(const Rows *x, const Weight *weight, long chunk, float *out) {
   long tile = chunk * tiles_of(weight), end = least(tile + tiles_of(weight), weight->outputs / TILE);
-  for (long step = weight->bits == 16 ? TILES : 1; tile < end; tile += step) {
-    long tiles = least(step, end - tile);
+  if (weight->bits == 16) return run_whole_tiles(x, weight, tile, end, out);
+  for (; tile < end; tile++) {
     for (long first = 0; first < x->rows; first += MOST) {
       switch (least(MOST, x->rows - first) + weight->bits * MOST) {
 #define CASE(N) \
-  case N + 16 * MOST: run_tile(x, first, weight, tile, tiles, out, N, 16); break; \
-  case N + 8 * MOST: run_tile(x, first, weight, tile, 1, out, N, 8); break; \
-  case N + 4 * MOST: run_tile(x, first, weight, tile, 1, out, N, 4); break;
+  case N + 8 * MOST: run_tile(x, first, weight, tile, out, N, 8); break; \
+  case N + 4 * MOST: run_tile(x, first, weight, tile, out, N, 4); break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
       }

@@ -5,8 +5,8 @@ their zero at 128 or 8; scales are chosen as llama.cpp's Q8_0 and Q4_0 choose th
 (`quantized.c`, which also rounds activations to 8 bits), or, on a machine without it, through PyTorch's with the
 weights made whole again.
 
-`HalfWeight` is for models that are kept in fp32: a copy of a weight in fp16 that drawing reads instead, in half the
-time. Activations stay in fp32.
+`HalfWeight` is for models that are kept in fp32: a copy of a weight in 16 bits that drawing reads instead, in half the
+time. Activations stay in fp32, or in 24 bits.
 
 Letters: O outputs, I inputs, T tiles of 16 outputs, K blocks of 32 inputs.
 """
@@ -25,6 +25,9 @@ from mars.model.kernel import KINDS, Weight, find_kernel
 Bits = Literal[4, 8]
 
 BLOCK, TILE, QUARTER = 32, 16, 4
+
+MOST_INPUTS = 65536
+"""Of a weight of 16 bits: their products are summed in 32 bits (`tiles.c`)."""
 
 
 def check_fits(inputs: int, *, name: str) -> None:
@@ -161,30 +164,46 @@ def quantize_linears(module: nn.Module, *, bits: Bits, where: str = "model") -> 
 
 @dataclass(frozen=True)
 class HalfWeight:
-    """A copy of a weight in fp16, in the kernel's order; a copy of fp16 weights in fp32 loses nothing."""
+    """A copy of a weight in 16 bits, in the kernel's order: fp16, or where the processor multiplies tiles of bytes
+    (AMX) integers with one scale for each output, which lie closer to most weights than fp16 does (`tiles.c`).
+    """
 
     BYTES: ClassVar[int] = 2
     """Of a weight."""
+    LARGEST: ClassVar[float] = 65504.0
+    """That a weight may be, as in fp16."""
     codes: Tensor
-    """(T, I, 16) fp16; the last tile is filled up with zeros."""
+    """(T, bytes of a tile) uint8; the last tile is filled up with zeros."""
+    scales: Tensor
+    """(T, 16) fp32; ones for fp16."""
+    inputs: int
 
     @classmethod
     @torch.no_grad()
     def pack(cls, weight_OI: Tensor) -> "HalfWeight":
-        """Copies a weight (O, I); I must be even."""
-        outputs, inputs = weight_OI.shape
-        filled = F.pad(weight_OI.half(), (0, 0, 0, -outputs % TILE))
-        return cls(filled.view(-1, TILE, inputs).transpose(1, 2).contiguous())
+        """Copies a weight (O, I).
+
+        Raises:
+            ModelError: for more inputs than integers of 32 bits can sum up.
+        """
+        inputs = weight_OI.shape[1]
+        if inputs > MOST_INPUTS:
+            raise ModelError(
+                f"a weight of 16 bits has at most {MOST_INPUTS:,} inputs, got {inputs}; "
+                "open the model with precision fp32"
+            )
+        kernel = find_kernel()
+        assert kernel is not None, "copies in 16 bits are only made where there is a kernel"
+        return cls(*kernel.pack(weight_OI.float().contiguous()), inputs)
 
     def address(self) -> Weight:
         """Where the kernel finds it, as long as it lives."""
-        tiles, inputs, _ = self.codes.shape
-        return Weight(self.codes.data_ptr(), None, tiles * TILE, inputs, 16)
+        return Weight(self.codes.data_ptr(), self.scales.data_ptr(), len(self.codes) * TILE, self.inputs, 16)
 
     def multiply(self, x: Tensor) -> Tensor:
         """The product (..., outputs with filler) of x (..., I), in fp32."""
         kernel = find_kernel()
-        assert kernel is not None, "copies in fp16 are only made where there is a kernel"
+        assert kernel is not None, "copies in 16 bits are only made where there is a kernel"
         x = x.float().contiguous()
         product = x.new_empty(*x.shape[:-1], len(self.codes) * TILE)
         kernel.multiply(x, x.numel() // x.shape[-1], [self.address()], [product])
