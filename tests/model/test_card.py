@@ -113,6 +113,13 @@ def test_the_compositional_bench_is_on_the_card_where_it_was_run() -> None:
     assert "spatial" not in card(report=REPORT)
 
 
+def test_captions_are_on_the_card_where_they_were_written() -> None:
+    captions = {"held-out pictures": {"zh": {"pictures": 50, "right": FIGURES, "exact": 0.1}}}
+    text = card(report={**REPORT, "captions": captions})
+    assert "| held-out pictures | zh | 50 | 50.0% (43.0%..57.0%) | 1.0% | 90.0% |" in text
+    assert "Captions of true pictures" not in card(report=REPORT)
+
+
 def test_a_report_of_other_weights_is_refused() -> None:
     other = REPORT | {"model": {"name": "mars-mini", "visual_digest": "sha256:" + "c" * 64}}
     with pytest.raises(ModelError, match="the report must be of this model, sha256:bbbbbbbbbbbb, got one of sha256:c"):

@@ -151,15 +151,22 @@ def _evaluation(report: Mapping[str, Any], *, visual_digest: str) -> str:
             f"Top-1 retrieval of the true picture among {settings['candidates']} of its own style, with 95 % bootstrap "
             "intervals, by `mars eval`. Floor: pictures drawn for the empty prompt. Ceiling: the image tokenizer's "
             f"reconstructions. Sampling {json.dumps(settings['sampling'])}, seed {settings['seed']}.",
-            "",
-            "| prompts | language | n | model | floor | ceiling |",
-            "|---|---|--:|--:|--:|--:|",
+            *_table("prompts", report["retrieval"], rate="top1"),
         ]
-        for name, languages in report["retrieval"].items():
-            for language, figures in languages.items():
-                cells = f"{figures['prompts']} | {_rates(figures['top1'])}"
-                lines.append(f"| {_cell(name)} | {_cell(language)} | {cells} |")
-        lines += _composition(report["composition"]) if "composition" in report else []
+        if "composition" in report:
+            lines += [
+                "",
+                "Scenes in combinations that training never saw, judged by an analytic detector. Floor: pictures of "
+                "other prompts. Ceiling: the image tokenizer's reconstructions.",
+                *_table("category", report["composition"], rate="right"),
+            ]
+        if "captions" in report:
+            lines += [
+                "",
+                "Captions of true pictures, right if they begin with the picture's name or one of its CLDR keywords. "
+                "Floor: captions of other pictures.",
+                *_table("pictures", report["captions"], rate="right", count="pictures"),
+            ]
         codec = report["image_tokenizer"]
         lines += [
             "",
@@ -177,18 +184,12 @@ def _evaluation(report: Mapping[str, Any], *, visual_digest: str) -> str:
     return "\n".join(lines)
 
 
-def _composition(categories: Mapping[str, Any]) -> list[str]:
-    lines = [
-        "",
-        "Scenes in combinations that training never saw, judged by an analytic detector. Floor: pictures of other "
-        "prompts. Ceiling: the image tokenizer's reconstructions.",
-        "",
-        "| category | language | n | model | floor | ceiling |",
-        "|---|---|--:|--:|--:|--:|",
-    ]
-    for name, languages in categories.items():
+def _table(first: str, groups: Mapping[str, Any], *, rate: str, count: str = "prompts") -> list[str]:
+    """A line for each group and language, after an empty one."""
+    lines = ["", f"| {first} | language | n | model | floor | ceiling |", "|---|---|--:|--:|--:|--:|"]
+    for name, languages in groups.items():
         for language, figures in languages.items():
-            lines.append(f"| {_cell(name)} | {_cell(language)} | {figures['prompts']} | {_rates(figures['right'])} |")
+            lines.append(f"| {_cell(name)} | {_cell(language)} | {figures[count]} | {_rates(figures[rate])} |")
     return lines
 
 
