@@ -92,7 +92,7 @@ def test_a_step_of_the_kernel_is_that_of_the_layers(precision: Precision, kind: 
         found, cache = draw(transformer, rows, kernel=True)
         wanted, wanted_cache = draw(transformer, rows, kernel=False)
         # Activations are rounded to 8 bits beside codes: sums in another order put a few on the other side.
-        assert float((found - wanted).norm() / wanted.norm()) < 5e-3
+        assert float((found - wanted).norm() / wanted.norm()) < (2e-3 if precision == "fp16" else 2e-2)
         torch.testing.assert_close(found[0], wanted[0], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(cache.store[:, 0], wanted_cache.store[:, 0], rtol=1e-3, atol=1e-3)
 
@@ -199,12 +199,13 @@ def test_the_same_to_the_bit_with_any_number_of_threads() -> None:
 
 def test_what_it_cannot_take_is_left_to_the_layers() -> None:
     whole = build("fp32", language={}, semvie={})
-    assert build_decoder(whole.layers, whole.new_static_cache(batch=1, size=8)) is None
+    assert build_decoder(whole.layers, whole.new_static_cache(batch=1, size=8, images_only=True)) is None
     few = build("int8", language={}, semvie={})
-    assert build_decoder(few.layers, few.new_static_cache(batch=1, size=8)) is not None
+    assert build_decoder(few.layers, few.new_static_cache(batch=1, size=8, images_only=True)) is not None
+    assert build_decoder(few.layers, few.new_static_cache(batch=1, size=8)) is None  # text needs its keys in fp32
     mixed = build("int8", language={}, semvie={})
     mixed.layers[1] = whole.layers[1]
-    assert build_decoder(mixed.layers, mixed.new_static_cache(batch=1, size=8)) is None
+    assert build_decoder(mixed.layers, mixed.new_static_cache(batch=1, size=8, images_only=True)) is None
 
 
 def test_copies_in_fp16_follow_the_weights_and_fp16_loses_nothing() -> None:

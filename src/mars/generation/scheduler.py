@@ -31,7 +31,7 @@ from mars.sequence.layout import low_image
 CPU_ROWS, OTHER_ROWS = 32, 256
 """Rows that run at once; more would only wait for each other."""
 MAX_TOKENS = 16_384
-"""Places of the cache, rows times the longest of them: 150 MB for the model that comes with the package."""
+"""Places of the cache, rows times the longest of them: 75 MB for the model in the package, if the kernel fills it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -227,13 +227,14 @@ class StaticCache(Cache):
         return (torch.arange(self.most[track], device=columns_BT.device) < ends_BT[..., None])[:, None]
 
     def extend(self, layer: int, k_BGTE: Tensor, v_BGTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes keys and values in place; returns a view of all columns of the layer, (B, G, S, E).
+        """Writes keys and values in place; returns all columns of the layer, (B, G, S, E).
 
-        What a row has beyond its length is masked: padding that was written there, until the next segment overwrites
-        it.
+        They are a view, but for a store of another dtype. What a row has beyond its length is masked: padding that was
+        written there, until the next segment overwrites it.
         """
-        track = layer in self.visual_layers
+        track, exact = layer in self.visual_layers, k_BGTE.dtype
         end, count = self.most[track], len(k_BGTE)
+        k_BGTE, v_BGTE = k_BGTE.to(self.store.dtype), v_BGTE.to(self.store.dtype)
         keys, values = self.store[:, self.places[layer], :count]
         if self.ragged[track]:
             rows_B1 = torch.arange(count, device=keys.device)[:, None]
@@ -242,7 +243,7 @@ class StaticCache(Cache):
         else:
             keys[:, :, end - self.new : end] = k_BGTE
             values[:, :, end - self.new : end] = v_BGTE
-        return keys[:, :, :end], values[:, :, :end]
+        return keys[:, :, :end].to(exact), values[:, :, :end].to(exact)
 
     def _check_fits(self, length: int) -> None:
         if length > self.size:

@@ -15,7 +15,7 @@ typedef struct {
   const float *q_bias, *k_bias, *v_bias;        /* null where there are none */
   const float *attention_norm, *ffn_norm;
   const float *q_norm, *k_norm, *v_norm;        /* (head width), null where there are none */
-  float *keys, *values;                         /* (rows, key/value heads, size, head width) */
+  uint16_t *keys, *values;                      /* (rows, key/value heads, size, head width) fp16 */
 } Layer;
 
 typedef struct {
@@ -89,66 +89,31 @@ static inline void finish_head(const float *from, const float *bias, const float
   }
 }
 
-static inline __attribute__((always_inline)) float dot(const float *x, const float *y, long width) {
-  __m256 sums = _mm256_setzero_ps();
-  long i = 0;
-  for (; i + 8 <= width; i += 8) sums = _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i), sums);
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
-  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  float sum = _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
-  for (; i < width; i++) sum += x[i] * y[i];
-  return sum;
-}
-
-/* Attention of one query over the first `end` columns; `shares` has room for as many. */
-static inline __attribute__((always_inline)) void look(const float *query, const float *keys, const float *values, long end,
-                                                       float *shares, float *out, long width) {
-  float scale = 1 / sqrtf((float)width), largest = -INFINITY, sum = 0;
-  for (long column = 0; column < end; column++) {
-    shares[column] = dot(query, keys + column * width, width) * scale;
-    largest = shares[column] > largest ? shares[column] : largest;
-  }
-#pragma omp simd reduction(+ : sum)
-  for (long column = 0; column < end; column++) {
-    shares[column] = exponential(shares[column] - largest);
-    sum += shares[column];
-  }
-  long i = 0;
-  for (; i + 64 <= width; i += 64) { /* eight registers */
-    __m256 sums[8] = {0};
-    for (long column = 0; column < end; column++) {
-      __m256 share = _mm256_set1_ps(shares[column]);
-      for (int j = 0; j < 8; j++) sums[j] = _mm256_fmadd_ps(share, _mm256_loadu_ps(values + column * width + i + 8 * j), sums[j]);
-    }
-    for (int j = 0; j < 8; j++) _mm256_storeu_ps(out + i + 8 * j, _mm256_div_ps(sums[j], _mm256_set1_ps(sum)));
-  }
-  for (; i < width; i++) {
-    out[i] = 0;
-    for (long column = 0; column < end; column++) out[i] += shares[column] * values[column * width + i];
-    out[i] /= sum;
-  }
-}
+#include "attention.c"
 
 /* Stores one row's keys and values of a key/value head, then attention of the heads that share it. */
 static void attend(Team *team, const Layer *layer, const Step *step, long row, long kv, float *scratch) {
   long width = step->head_width, group = step->heads / step->kv_heads, start = step->used[row] - step->positions;
-  float *keys = layer->keys + (row * step->kv_heads + kv) * step->size * width;
-  float *values = layer->values + (row * step->kv_heads + kv) * step->size * width;
-  float *query = scratch, *shares = query + width;
+  uint16_t *keys = layer->keys + (row * step->kv_heads + kv) * step->size * width;
+  uint16_t *values = layer->values + (row * step->kv_heads + kv) * step->size * width;
   for (long i = 0; i < step->positions; i++) {
     long position = row * step->positions + i, from = position * layer->k.outputs + kv * width;
-    finish_head(team->k + from, layer->k_bias, layer->k_norm, step, position, kv, 1, keys + (start + i) * width);
-    finish_head(team->v + from, layer->v_bias, layer->v_norm, step, position, kv, 0, values + (start + i) * width);
+    finish_head(team->k + from, layer->k_bias, layer->k_norm, step, position, kv, 1, scratch);
+    to_half(scratch, width, keys + (start + i) * width);
+    finish_head(team->v + from, layer->v_bias, layer->v_norm, step, position, kv, 0, scratch);
+    to_half(scratch, width, values + (start + i) * width);
   }
-  for (long i = 0; i < step->positions; i++) {
-    long position = row * step->positions + i, end = start + (i / step->block + 1) * step->block;
-    for (long head = kv * group; head < (kv + 1) * group; head++) {
-      finish_head(team->q + position * layer->q.outputs + head * width, layer->q_bias, layer->q_norm, step, position, head, 1, query);
-      float *out = team->mixed + (position * step->heads + head) * width;
-      if (width == 64) look(query, keys, values, end, shares, out, 64);
-      else if (width == 128) look(query, keys, values, end, shares, out, 128);
-      else look(query, keys, values, end, shares, out, width);
+  Look look = {.keys = keys, .values = values, .width = width, .queries = scratch, .shares = scratch + QUERIES * width};
+  for (long first = 0, all = step->positions * group; first < all; first += look.count) {
+    look.count = least(QUERIES, all - first);
+    for (int i = 0; i < look.count; i++) {
+      long position = row * step->positions + (first + i) / group, head = kv * group + (first + i) % group;
+      finish_head(team->q + position * layer->q.outputs + head * width, layer->q_bias, layer->q_norm, step, position, head, 1,
+                  look.queries + i * width);
+      look.ends[i] = start + ((first + i) / group / step->block + 1) * step->block;
+      look.outs[i] = team->mixed + (position * step->heads + head) * width;
     }
+    run_look(&look);
   }
 }
 
@@ -207,7 +172,7 @@ int mars_decode(float *x, const Layer *layers, long count, const Step *step) {
   long rows = step->rows * step->positions, width = step->width, heads = step->heads * step->head_width, ffn = layers->gate.outputs;
   long queries = layers->q.outputs, kv = layers->k.outputs;
   long shared = rows * (queries + 2 * kv + heads + 2 * ffn + layers->o.outputs) * sizeof(float);
-  long attention = step->head_width + step->longest, scratch = rows * width > attention ? rows * width : attention;
+  long attention = look_floats(step->head_width, step->longest), scratch = rows * width > attention ? rows * width : attention;
   long own = (rows * width + scratch) * sizeof(float) + taken_bytes(rows, width > heads ? width : heads, layers->q.bits);
   own = (own + LINE - 1) / LINE * LINE;
   long taken = taken_bytes(rows, layers->down.inputs, layers->down.bits);

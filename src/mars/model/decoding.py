@@ -78,20 +78,29 @@ class Decoder:
         return x_BTD
 
 
-def build_decoder(layers: Iterable[nn.Module], cache: StaticCache, halves: HalfWeights | None = None) -> Decoder | None:
-    """A decoder, or None if there is no kernel or these layers and this cache are not what it takes.
+def kernel_for(layers: Iterable[nn.Module], halves: HalfWeights | None, device: torch.device) -> Kernel | None:
+    """The kernel, if there is one and these layers are what it takes.
 
     Args:
         halves: where copies of layers that are kept in fp32 are, or will be.
     """
-    visual = [layer for layer in layers if isinstance(layer, SemVIELayer) and layer.visual is not None]
-    kernel = find_kernel()
-    if kernel is None or cache.store.dtype is not torch.float32 or cache.store.device.type != "cpu":
+    linears = [linear for layer in _visual(layers) for linear in _linears(layer).values()]
+    if device.type != "cpu" or (halves is None and not all(isinstance(one, QuantizedLinear) for one in linears)):
         return None
-    linears = [linear for layer in visual for linear in _linears(layer).values()]
-    if halves is None and not all(isinstance(linear, QuantizedLinear) for linear in linears):
+    return find_kernel()
+
+
+def build_decoder(layers: Iterable[nn.Module], cache: StaticCache, halves: HalfWeights | None = None) -> Decoder | None:
+    """A decoder, or None without `kernel_for` these layers or with a cache that is not in fp16."""
+    layers = list(layers)
+    kernel = kernel_for(layers, halves, cache.store.device)
+    if kernel is None or cache.store.dtype is not torch.float16:
         return None
-    return Decoder(kernel, visual, cache, halves)
+    return Decoder(kernel, _visual(layers), cache, halves)
+
+
+def _visual(layers: Iterable[nn.Module]) -> list[SemVIELayer]:
+    return [layer for layer in layers if isinstance(layer, SemVIELayer) and layer.visual is not None]
 
 
 def _linears(layer: SemVIELayer) -> dict[str, nn.Module]:

@@ -17,7 +17,7 @@ from mars.errors import ModelError
 from mars.files import cache_folder, whole_file
 
 _SOURCE = Path(__file__).with_name("decode.c")
-_PARTS = tuple(_SOURCE.with_name(f"{name}.c") for name in ("decode", "quantized", "halves", "tiles"))
+_PARTS = tuple(_SOURCE.with_name(f"{name}.c") for name in ("decode", "attention", "quantized", "halves", "tiles"))
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
 _WITHOUT_TILES = ("-mno-amx-tile", "-mno-amx-int8")
 _SECONDS = 60

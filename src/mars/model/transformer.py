@@ -19,7 +19,7 @@ from mars.errors import RequestError
 from mars.model.cache import Cache, Prefix, StaticCache
 from mars.model.compiled import CompiledSteps
 from mars.model.config import ModelConfig
-from mars.model.decoding import MOST_POSITIONS, Decoder, HalfWeights, build_decoder
+from mars.model.decoding import MOST_POSITIONS, Decoder, HalfWeights, build_decoder, kernel_for
 from mars.model.layers import Expert, Linear, Norm
 from mars.model.rope import Rotary
 from mars.model.semvie import SemVIELayer
@@ -223,8 +223,12 @@ class MarsTransformer(nn.Module):
         return Cache(num_layers=self.config.language.num_layers, visual_layers=self.config.visual_layers)
 
     def new_static_cache(self, *, batch: int, size: int, images_only: bool = False) -> StaticCache:
-        """A cache for at most `batch` rows of at most `size` positions, for inference; loaded prefixes are no text."""
-        language = self.config.language
+        """A cache for at most `batch` rows of at most `size` positions, for inference; loaded prefixes are no text.
+
+        One for images only is in fp16 where the kernel fills it.
+        """
+        language, device = self.config.language, self.visual_embedding.weight.device
+        filled = images_only and self.steps is None and kernel_for(self.layers, self.halves, device) is not None
         return StaticCache(
             num_layers=language.num_layers,
             visual_layers=self.config.visual_layers,
@@ -232,8 +236,8 @@ class MarsTransformer(nn.Module):
             batch=batch,
             size=size,
             heads=(language.num_kv_heads, language.head_width),
-            dtype=self.dtype,
-            device=self.visual_embedding.weight.device,
+            dtype=torch.float16 if filled else self.dtype,
+            device=device,
         )
 
     def release_language(self) -> None:
