@@ -156,7 +156,7 @@ def test_every_code_has_the_rotary_position_of_its_raster_place(build: Build) ->
     for static in (False, True):
         cache = new_cache(transformer, 1, static=static)
         cache.begin(read)
-        positions = torch.cat([cache.begin(piece)[0] for piece in pieces(drawn, [4, 8, 4])], dim=1)
+        positions = torch.cat([cache.begin(piece) for piece in pieces(drawn, [4, 8, 4])], dim=1)
         row, column = drawn.places()
         assert positions.tolist() == [(5 + row * 4 + column).tolist()]
 

@@ -18,6 +18,7 @@ from mars.generation.sampling import Sampling
 from mars.model import compiled
 from mars.model.cache import Prefix, StaticCache
 from mars.model.compiled import CompiledSteps, StepFunction, check_compiles
+from mars.model.layers import Norm
 from mars.model.transformer import MarsTransformer, read_prefixes
 
 FREE = (1,)
@@ -175,9 +176,9 @@ def test_shapes_and_places_do_not_change_from_step_to_step(transformer: MarsTran
     seen = []
 
     class Watched(Uncompiled):
-        def run(self, x_BTD: Tensor, rotary: Tensor, cache: StaticCache, *, block: int) -> Tensor:
+        def run(self, x_BTD: Tensor, rotary: Tensor, cache: StaticCache, *, block: int, norm: Norm) -> Tensor:
             seen.append((x_BTD.shape, rotary.shape, cache.columns[True].shape, cache.store.data_ptr(), block))
-            return super().run(x_BTD, rotary, cache, block=block)
+            return super().run(x_BTD, rotary, cache, block=block, norm=norm)
 
     transformer.steps = Watched(transformer)
     drawn(transformer, requests())

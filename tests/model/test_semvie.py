@@ -83,9 +83,10 @@ def test_each_position_takes_its_experts_weights_and_meets_the_others_in_attenti
     for modality, length in ((Modality.TEXT, 3), (Modality.IMAGE, 4), (Modality.TEXT, 2)):
         width = 32 if modality is Modality.TEXT else transformer.config.visual_width
         x = torch.randn(1, length, width)
-        positions, masks = cache.begin(Segment(modality=modality, ids=torch.zeros(1, length, dtype=torch.long)))
+        segment = Segment(modality=modality, ids=torch.zeros(1, length, dtype=torch.long))
+        positions = cache.begin(segment)
         rotary = transformer.rotary.at(positions, longest=16, dtype=torch.float32)
-        found += layer(x, modality, cache=cache, rotary=rotary, mask=masks[True])[0]
+        found += layer(x, modality, cache=cache, rotary=rotary, mask=cache.sight(segment)[True])[0]
         xs += x[0]
         modalities += [modality] * length
     for one, wanted in zip(found, by_hand(layer, xs, modalities), strict=True):

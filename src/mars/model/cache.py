@@ -53,13 +53,8 @@ class Cache:
         self.longest = 0
         """At least as many positions as any row has."""
 
-    def begin(self, segment: Segment) -> tuple[Tensor, dict[bool, Tensor | None]]:
-        """Makes room for a segment.
-
-        Returns:
-            positions (B, T) of its ids in the joint sequence, and for each track the attention mask of its queries
-            over all columns, or null where every query sees every column.
-        """
+    def begin(self, segment: Segment) -> Tensor:
+        """Makes room for a segment; returns positions (B, T) of its ids in the joint sequence."""
         ids = segment.ids
         real = segment.mask if segment.mask is not None else torch.ones_like(ids, dtype=torch.bool)
         lengths_B = self.lengths_B if self.lengths_B is not None else ids.new_zeros(len(ids))
@@ -70,18 +65,32 @@ class Cache:
             positions_BT = lengths_B[:, None] - segment.start + rows * segment.columns + columns
         self.lengths_B = lengths_B + counts_BT[:, -1]
         self.longest += ids.shape[1]
-        tracks = (True, False) if segment.modality is Modality.TEXT else (True,)
-        return positions_BT, {track: self._extend_mask(real, segment, track=track) for track in tracks}
+        for track in self._tracks(segment):
+            self._add(real, segment, track=track)
+        return positions_BT
 
-    def _extend_mask(self, real: Tensor, segment: Segment, *, track: bool) -> Tensor | None:
+    def sight(self, segment: Segment) -> dict[bool, Tensor | None]:
+        """What the segment that was begun sees.
+
+        Returns:
+            for each track the attention mask of its queries over all columns, or null where every query sees every
+            column.
+        """
+        return {track: self._query_mask(segment, track=track) for track in self._tracks(segment)}
+
+    @staticmethod
+    def _tracks(segment: Segment) -> tuple[bool, ...]:
+        return (True, False) if segment.modality is Modality.TEXT else (True,)
+
+    def _add(self, real: Tensor, segment: Segment, *, track: bool) -> None:
         before = self.masks[track]
-        after = real if before is None else torch.cat([before, real], dim=1)
-        self.masks[track] = after
+        self.masks[track] = real if before is None else torch.cat([before, real], dim=1)
         self.padded[track] |= segment.mask is not None
-        return self._query_mask(after, track=track, new=real.shape[1], block=segment.block)
 
-    def _query_mask(self, columns_BS: Tensor, *, track: bool, new: int, block: int) -> Tensor | None:
+    def _query_mask(self, segment: Segment, *, track: bool) -> Tensor | None:
         """Of queries (B, 1, new, S), or null: each sees what came before its block, and the whole of that."""
+        columns_BS, new, block = self.masks[track], segment.ids.shape[1], segment.block
+        assert columns_BS is not None
         if new == block and not self.padded[track]:
             return None
         assert new % block == 0, "a segment holds whole blocks"
@@ -202,7 +211,7 @@ class StaticCache(Cache):
         """Rows in use, the first of the store."""
         return 0 if self.lengths_B is None else len(self.lengths_B)
 
-    def _extend_mask(self, real: Tensor, segment: Segment, *, track: bool) -> Tensor | None:
+    def _add(self, real: Tensor, segment: Segment, *, track: bool) -> None:
         assert self.lengths_B is not None
         self.new = real.shape[1]
         self.most[track] += self.new
@@ -214,10 +223,9 @@ class StaticCache(Cache):
         assert ends_B is not None
         self.columns[track] = (ends_B - counts_B)[:, None] + torch.arange(self.new, device=real.device)
         self.ragged[track] |= segment.mask is not None
-        return self._sight(segment.block, track=track)
 
-    def _sight(self, block: int, *, track: bool) -> Tensor | None:
-        """What the new positions see: a mask (B, 1, T, S), or null."""
+    def _query_mask(self, segment: Segment, *, track: bool) -> Tensor | None:
+        block = segment.block
         if self.new == block and not self.ragged[track]:
             return None
         assert self.new % block == 0, "a segment holds whole blocks"

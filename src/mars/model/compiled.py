@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mars.errors import ModelError
 from mars.model.cache import StaticCache
+from mars.model.layers import Norm
 from mars.model.semvie import SemVIELayer
 from mars.sequence.layout import Modality
 
@@ -82,12 +83,15 @@ class CompiledSteps:
         step = StepFunction(layers)
         self.step = cast(Callable[..., Tensor], torch.compile(step.__call__, mode="reduce-overhead", fullgraph=True))
 
-    def run(self, x_BTD: Tensor, rotary: Tensor, cache: StaticCache, *, block: int) -> Tensor:
-        """Hidden states of the new positions of each row, through all layers; the cache has begun their columns."""
+    def run(self, x_BTD: Tensor, rotary: Tensor, cache: StaticCache, *, block: int, norm: Norm) -> Tensor:
+        """Hidden states of the new positions of each row, through all layers and a last norm; the cache has begun their
+        columns.
+        """
         if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()  # what the step before returned is not needed any more
             torch._dynamo.mark_static_address(cache.store)  # or a graph would read a copy
-        return self.step(x_BTD, rotary, cache.columns[True], cache.store, cache.places, block)
+        found = self.step(x_BTD, rotary, cache.columns[True], cache.store, cache.places, block)
+        return cast(Tensor, norm(found))
 
 
 def check_compiles(device: torch.device) -> None:

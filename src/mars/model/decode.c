@@ -24,7 +24,8 @@ typedef struct {
   long size, longest;                           /* columns of the cache, and at least those that any row uses */
   const int64_t *used;                          /* (rows) columns in use with the new ones, from the first */
   const float *rotary;                          /* (2, rows * positions, head width): cosines, sines */
-  double eps;
+  const float *norm;                            /* of the last layer's states, with `last_eps` */
+  double eps, last_eps;
 } Step;
 
 /* What the threads share. Products are (rows * positions, outputs). */
@@ -166,7 +167,7 @@ static void run_layer(Team *team, const Layer *layer, const Step *step, int thre
 
 enum { STRETCHES = 5 }; /* of work that is shared out piece by piece, in a layer */
 
-/* x (rows * positions, width) through `count` layers, in place; the caches get their columns. Returns 0, or 1 when memory
+/* x (rows * positions, width) through `count` layers and a norm, in place; the caches get their columns. Returns 0, or 1 when memory
  * ran out. */
 int mars_decode(float *x, const Layer *layers, long count, const Step *step) {
   long rows = step->rows * step->positions, width = step->width, heads = step->heads * step->head_width, ffn = layers->gate.outputs;
@@ -194,7 +195,7 @@ int mars_decode(float *x, const Layer *layers, long count, const Step *step) {
       for (long i = 0; i < count; i++)
         run_layer(&team, layers + i, step, thread, mine, rest, rest + scratch, next + i * STRETCHES);
 #pragma omp barrier
-      if (thread == 0) memcpy(x, mine, rows * width * sizeof(float));
+      for (long row = 0; row < rows && thread == 0; row++) norm(mine + row * width, step->norm, width, step->last_eps, x + row * width);
     }
   }
   int failed = !memory || !next;

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mars.errors import ModelError
 from mars.model.cache import StaticCache
 from mars.model.kernel import Kernel, Layer, Step, find_kernel
+from mars.model.layers import Norm
 from mars.model.quantized import HalfWeight, QuantizedLinear
 from mars.model.semvie import SemVIELayer
 from mars.sequence.layout import Modality
@@ -63,9 +64,12 @@ class Decoder:
         eps = layers[0].norms_of(layers[0].expert(Modality.IMAGE))["ffn_norm"].eps
         self.step = Step(heads=heads, kv_heads=kv_heads, head_width=head_width, size=cache.size, eps=eps)
 
-    def run(self, x_BTD: Tensor, rotary: Tensor, cache: StaticCache, *, block: int) -> Tensor:
-        """Hidden states of the new positions of each row, through all layers; the cache has begun their columns."""
+    def run(self, x_BTD: Tensor, rotary: Tensor, cache: StaticCache, *, block: int, norm: Norm) -> Tensor:
+        """Hidden states of the new positions of each row, through all layers and a last norm; the cache has begun their
+        columns.
+        """
         assert cache.lengths_B is not None
+        assert norm.weight.dtype is torch.float32
         x_BTD = x_BTD.clone(memory_format=torch.contiguous_format)
         rotary = rotary.contiguous()
         step = self.step
@@ -74,6 +78,7 @@ class Decoder:
         step.longest = cache.most[True]
         step.used = cache.lengths_B.data_ptr()
         step.rotary = rotary.data_ptr()
+        step.norm, step.last_eps = norm.weight.data_ptr(), norm.eps
         self.kernel.decode(x_BTD, self.addresses, step)
         return x_BTD
 

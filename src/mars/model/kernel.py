@@ -56,7 +56,9 @@ class Step(ctypes.Structure):
         *((name, ctypes.c_long) for name in ("size", "longest")),
         ("used", ctypes.c_void_p),
         ("rotary", ctypes.c_void_p),
+        ("norm", ctypes.c_void_p),
         ("eps", ctypes.c_double),
+        ("last_eps", ctypes.c_double),
     )
 
 
@@ -112,7 +114,7 @@ class Kernel:
         return codes, scales
 
     def decode(self, x: Tensor, layers: "ctypes.Array[Layer]", step: Step) -> None:
-        """Runs x (rows * positions, width) through layers, in place, and adds columns to their caches.
+        """Runs x (rows * positions, width) through layers and a last norm, in place, and adds columns to their caches.
 
         Raises:
             MemoryError: if there is none left for the activations.

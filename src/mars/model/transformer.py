@@ -92,7 +92,7 @@ class MarsTransformer(nn.Module):
         """
         if self.released and segment.modality is Modality.TEXT:
             raise RequestError("the language expert was released after its prompt; open the model again")
-        positions_BT, masks = cache.begin(segment)
+        positions_BT = cache.begin(segment)
         x_BTD = self.embed(segment)
         if isinstance(cache, StaticCache):
             longest = cache.size
@@ -100,17 +100,17 @@ class MarsTransformer(nn.Module):
             longest = cache.longest + (segment.side - 1) * int(segment.columns)
         rotary = self.rotary.at(positions_BT, longest=longest, dtype=x_BTD.dtype)
         if isinstance(cache, StaticCache) and (decoder := self._decoder(segment, cache)):
-            return self._final_norm(decoder.run(x_BTD, rotary, cache, block=segment.block), segment.modality)
-        visual_layers = set(cache.visual_layers)
+            return decoder.run(x_BTD, rotary, cache, block=segment.block, norm=self._final_norm(segment.modality))
+        visual_layers, masks = set(cache.visual_layers), cache.sight(segment)
         for index, layer in enumerate(self.layers):
             if segment.modality is Modality.TEXT or index in visual_layers:
                 mask = masks[index in visual_layers]
                 x_BTD = self._run(layer, x_BTD, segment.modality, cache=cache, rotary=rotary, mask=mask)
-        return self._final_norm(x_BTD, segment.modality)
+        return cast(Tensor, self._final_norm(segment.modality)(x_BTD))
 
-    def _final_norm(self, x_BTD: Tensor, modality: Modality) -> Tensor:
+    def _final_norm(self, modality: Modality) -> Norm:
         shared = modality is Modality.TEXT or self.config.semvie.share_norms
-        return cast(Tensor, self.language_norm(x_BTD) if shared else self.visual_norm(x_BTD))
+        return self.language_norm if shared else self.visual_norm
 
     def _decoder(self, segment: Segment, cache: StaticCache) -> Decoder | CompiledSteps | None:
         """A quicker way through the layers, for image positions; the kernel's is built when a cache first asks."""

@@ -85,6 +85,8 @@ class Segment:
 
 def _row_and_column(numbers: Tensor, *, columns: int | Tensor, side: int) -> tuple[Tensor, Tensor]:
     """Row and column of codes by their number in the order of drawing, of the same shape."""
+    if side == 1:
+        return numbers // columns, numbers % columns
     blocks, inside = numbers // (side * side), numbers % (side * side)
     blocks_across = columns // side
     rows = blocks // blocks_across * side + inside // side
