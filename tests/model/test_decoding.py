@@ -79,6 +79,8 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"visual_layers": (0, 2), "visual_width": 32, "visual_ffn": 160, "share_norms": False, "init": "random"},
     ),
     "heads that do not fill a tile": ({"num_kv_heads": 1, "head_width": 24, "num_heads": 4}, {}),
+    "wide heads": ({"num_heads": 3, "num_kv_heads": 1, "head_width": 64}, {}),
+    "heads that do not fill registers": ({"num_heads": 4, "num_kv_heads": 1, "head_width": 72}, {}),
     "every head its own key": ({"num_kv_heads": 4}, {"grid_embedding": True, "max_grid": 4}),
 }
 
@@ -130,7 +132,7 @@ def test_blocks_of_positions_after_an_image_that_was_read(precision: Precision, 
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int4"])
-@pytest.mark.parametrize("rows", [5, 8, 9, 40])
+@pytest.mark.parametrize("rows", [5, 8, 9, 40, 150])
 def test_a_row_is_the_same_whatever_is_drawn_beside_it(precision: Precision, rows: int) -> None:
     transformer = build(precision, language={}, semvie={})
     alone, _ = draw(transformer, 1, kernel=True)
@@ -140,7 +142,7 @@ def test_a_row_is_the_same_whatever_is_drawn_beside_it(precision: Precision, row
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
 def test_a_row_is_the_same_to_the_bit_wherever_its_neighbours_stand(precision: Precision) -> None:
     transformer = build(precision, language={}, semvie={"grid_embedding": True, "max_grid": 4})
     prefixes = [read_prefixes(transformer, [prompt])[0] for prompt in PROMPTS]
@@ -183,8 +185,9 @@ def test_a_row_is_the_same_to_the_bit_wherever_its_neighbours_stand(precision: P
     assert found == [6, 3, 6, 6]
 
 
-def test_the_same_to_the_bit_with_any_number_of_threads() -> None:
-    transformer = build("int8", language={}, semvie={})
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_the_same_to_the_bit_with_any_number_of_threads(precision: Precision) -> None:
+    transformer = build(precision, language={}, semvie={})
     before = torch.get_num_threads()
     try:
         found = []
@@ -208,7 +211,7 @@ def test_what_it_cannot_take_is_left_to_the_layers() -> None:
     assert build_decoder(mixed.layers, mixed.new_static_cache(batch=1, size=8, images_only=True)) is None
 
 
-def test_copies_in_fp16_follow_the_weights_and_fp16_loses_nothing() -> None:
+def test_copies_in_16_bits_follow_the_weights_and_lose_next_to_nothing() -> None:
     transformer = build("fp16", language={}, semvie={})
     with torch.no_grad():
         for weight in transformer.parameters():
@@ -227,7 +230,29 @@ def test_copies_in_fp16_follow_the_weights_and_fp16_loses_nothing() -> None:
         draw(transformer, 2, kernel=True)
 
 
-def test_a_model_that_has_drawn_can_be_sent_to_another_process() -> None:
-    transformer = build("int8", language={}, semvie={})
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_model_that_has_drawn_can_be_sent_to_another_process(precision: Precision) -> None:
+    transformer = build(precision, language={}, semvie={})
     wanted, _ = draw(transformer, 2, kernel=True)
-    assert torch.equal(draw(pickle.loads(pickle.dumps(transformer)), 2, kernel=True)[0], wanted)
+    sent = pickle.loads(pickle.dumps(transformer))
+    if precision == "fp16":  # another processor wants its copies in another order
+        assert vars(transformer.halves)["_copies"]
+        assert not vars(sent.halves)["_copies"]
+    assert torch.equal(draw(sent, 2, kernel=True)[0], wanted)
+
+
+@torch.inference_mode()
+def test_keys_beyond_fp16_are_kept_at_its_end() -> None:
+    transformer = build("fp16", language={}, semvie={})
+    (prefix,) = read_prefixes(transformer, [PROMPTS[0]])
+    prefix.keys[0, 0, 0, 0], prefix.values[0, 0, 1, 0] = 1e6, -1e6
+    found = []
+    for kernel in (True, False):
+        cache = transformer.new_static_cache(batch=1, size=16, images_only=True)
+        cache.load([prefix])
+        cache.sought = not kernel
+        ids = torch.full((1, 1), transformer.vocabulary.image_start)
+        found.append(transformer(Segment(modality=Modality.IMAGE, ids=ids, columns=3), cache))
+    assert float(cache.store.float().abs().max()) == 65504
+    assert found[0].isfinite().all()
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from mars.model.decoding import Decoder
 
 
+HALF_MOST = 65504.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prefix:
     """Keys and values of what one row has read, at the layers that image positions look at, without padding."""
@@ -56,6 +59,7 @@ class Cache:
     def begin(self, segment: Segment) -> Tensor:
         """Makes room for a segment; returns positions (B, T) of its ids in the joint sequence."""
         ids = segment.ids
+        assert ids.shape[1] % segment.block == 0, "a segment holds whole blocks"
         real = segment.mask if segment.mask is not None else torch.ones_like(ids, dtype=torch.bool)
         lengths_B = self.lengths_B if self.lengths_B is not None else ids.new_zeros(len(ids))
         counts_BT = real.cumsum(dim=1)
@@ -93,7 +97,6 @@ class Cache:
         assert columns_BS is not None
         if new == block and not self.padded[track]:
             return None
-        assert new % block == 0, "a segment holds whole blocks"
         size = columns_BS.shape[1]
         column = torch.arange(size, device=columns_BS.device)
         ends = (torch.arange(new, device=columns_BS.device) // block + 1) * block + size - new
@@ -228,7 +231,6 @@ class StaticCache(Cache):
         block = segment.block
         if self.new == block and not self.ragged[track]:
             return None
-        assert self.new % block == 0, "a segment holds whole blocks"
         columns_BT = self.columns[track]
         blocks = torch.arange(self.new, device=columns_BT.device) // block + 1
         ends_BT = columns_BT[:, :1] + blocks * block
@@ -242,7 +244,7 @@ class StaticCache(Cache):
         """
         track, exact = layer in self.visual_layers, k_BGTE.dtype
         end, count = self.most[track], len(k_BGTE)
-        k_BGTE, v_BGTE = k_BGTE.to(self.store.dtype), v_BGTE.to(self.store.dtype)
+        k_BGTE, v_BGTE = self._kept(k_BGTE), self._kept(v_BGTE)
         keys, values = self.store[:, self.places[layer], :count]
         if self.ragged[track]:
             rows_B1 = torch.arange(count, device=keys.device)[:, None]
@@ -252,6 +254,12 @@ class StaticCache(Cache):
             keys[:, :, end - self.new : end] = k_BGTE
             values[:, :, end - self.new : end] = v_BGTE
         return keys[:, :, :end].to(exact), values[:, :, :end].to(exact)
+
+    def _kept(self, x: Tensor) -> Tensor:
+        """As the store has it, with what is beyond the range of fp16 at its end."""
+        if self.store.dtype is torch.float16 and x.dtype is not torch.float16:
+            x = x.clamp(-HALF_MOST, HALF_MOST)
+        return x.to(self.store.dtype)
 
     def _check_fits(self, length: int) -> None:
         if length > self.size:
@@ -264,8 +272,8 @@ class StaticCache(Cache):
         self._check_fits(max(lengths))
         places = [self.places[layer] for layer in self.visual_layers]
         for row, prefix in enumerate(prefixes, first):
-            self.store[0, places, row, :, : lengths[row - first]] = prefix.keys.to(self.store.dtype)
-            self.store[1, places, row, :, : lengths[row - first]] = prefix.values.to(self.store.dtype)
+            self.store[0, places, row, :, : lengths[row - first]] = self._kept(prefix.keys)
+            self.store[1, places, row, :, : lengths[row - first]] = self._kept(prefix.values)
         added = torch.tensor(lengths, device=self.store.device)
         self.lengths_B = added if self.lengths_B is None else torch.cat([self.lengths_B, added])
         self._measure()

@@ -19,7 +19,8 @@ typedef struct {
 } Layer;
 
 typedef struct {
-  long rows, positions, block;                  /* new positions of a row; each sees its block whole, and what is before */
+  long first, rows;                             /* the first row in the cache, and how many */
+  long positions, block;                        /* new positions of a row; each sees its block whole, and what is before */
   long width, heads, kv_heads, head_width;
   long size, longest;                           /* columns of the cache, and at least those that any row uses */
   const int64_t *used;                          /* (rows) columns in use with the new ones, from the first */
@@ -95,8 +96,8 @@ static inline void finish_head(const float *from, const float *bias, const float
 /* Stores one row's keys and values of a key/value head, then attention of the heads that share it. */
 static void attend(Team *team, const Layer *layer, const Step *step, long row, long kv, float *scratch) {
   long width = step->head_width, group = step->heads / step->kv_heads, start = step->used[row] - step->positions;
-  uint16_t *keys = layer->keys + (row * step->kv_heads + kv) * step->size * width;
-  uint16_t *values = layer->values + (row * step->kv_heads + kv) * step->size * width;
+  long place = ((step->first + row) * step->kv_heads + kv) * step->size * width;
+  uint16_t *keys = layer->keys + place, *values = layer->values + place;
   for (long i = 0; i < step->positions; i++) {
     long position = row * step->positions + i, from = position * layer->k.outputs + kv * width;
     finish_head(team->k + from, layer->k_bias, layer->k_norm, step, position, kv, 1, scratch);

@@ -1,8 +1,8 @@
 """A step of drawing in one call of the kernel: a few positions of each row through all layers of the visual expert.
 
 PyTorch takes some twenty operators a layer for it, each of a few microseconds: more than reading the weights takes when
-the model is small, and a fifth of it at 7B in 4 bits. Where all layers are quantized, or have copies in fp16, and the
-kernel is there, this is what `MarsTransformer` runs instead; the mathematics are the same, rounding aside.
+the model is small, and a fifth of it at 7B in 4 bits. Where all layers are quantized, or have copies in 16 bits, and
+the kernel is there, this is what `MarsTransformer` runs instead; the mathematics are the same, rounding aside.
 """
 
 from collections.abc import Iterable
@@ -19,14 +19,18 @@ from mars.model.semvie import SemVIELayer
 from mars.sequence.layout import Modality
 
 MOST_POSITIONS = 128
-"""Of all rows in one step of the kernel, whose threads each keep them all; many are done layer by layer."""
+"""Of all rows in one call of the kernel, whose threads each keep them all; a row with more is done layer by layer."""
 
 
 class HalfWeights:
-    """Copies in fp16 of the weights that drawing reads, made at first use and again when a weight has changed."""
+    """Copies in 16 bits of the weights that drawing reads, made at first use and again when a weight has changed."""
 
     def __init__(self) -> None:
         self._copies: dict[str, tuple[tuple[int, int], HalfWeight]] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the copies: another processor wants others."""
+        return {"_copies": {}}
 
     def of(self, name: str, linear: nn.Linear) -> HalfWeight:
         """The copy of a layer's weight; `name` tells it from others.
@@ -71,15 +75,18 @@ class Decoder:
         assert cache.lengths_B is not None
         assert norm.weight.dtype is torch.float32
         x_BTD = x_BTD.clone(memory_format=torch.contiguous_format)
-        rotary = rotary.contiguous()
         step = self.step
-        step.rows, step.positions, step.width = x_BTD.shape
+        rows, step.positions, step.width = x_BTD.shape
         step.block = block
         step.longest = cache.most[True]
-        step.used = cache.lengths_B.data_ptr()
-        step.rotary = rotary.data_ptr()
         step.norm, step.last_eps = norm.weight.data_ptr(), norm.eps
-        self.kernel.decode(x_BTD, self.addresses, step)
+        at_once = MOST_POSITIONS // step.positions
+        for first in range(0, rows, at_once):
+            part = slice(first, first + at_once)
+            turns = rotary[:, part].contiguous()
+            step.first, step.rows = first, len(x_BTD[part])
+            step.used, step.rotary = cache.lengths_B[part].data_ptr(), turns.data_ptr()
+            self.kernel.decode(x_BTD[part], self.addresses, step)
         return x_BTD
 
 

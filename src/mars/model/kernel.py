@@ -52,7 +52,10 @@ class Step(ctypes.Structure):
     """What all layers share in a step; see decode.c."""
 
     _fields_ = (
-        *((name, ctypes.c_long) for name in ("rows", "positions", "block", "width", "heads", "kv_heads", "head_width")),
+        *(
+            (name, ctypes.c_long)
+            for name in ("first", "rows", "positions", "block", "width", "heads", "kv_heads", "head_width")
+        ),
         *((name, ctypes.c_long) for name in ("size", "longest")),
         ("used", ctypes.c_void_p),
         ("rotary", ctypes.c_void_p),

@@ -1,7 +1,7 @@
 """How a model's weights are kept in memory.
 
 fp32    whole
-fp16    whole, and drawing reads copies of the visual expert's in fp16, where there is a kernel for it
+fp16    whole, and drawing reads copies of the visual expert's in 16 bits, where there is a kernel for it
 int8    linear layers in 8 bits and tables in 16
 int4    linear layers in 4 bits and tables in 16
 """

@@ -23,8 +23,8 @@ enum { TILE = 16, BLOCK = 32, QUARTERS = BLOCK / 4, MOST = 8 };
 enum { LINE = 64, AHEAD = 4096 }; /* bytes of a cache line, and how far in front of the codes memory is asked for more */
 enum { CHUNK = 1 << 17 };         /* bytes that a thread takes at once: the next free ones, as a core may be disturbed */
 
-/* Rows of activations in groups that lie behind each other: in 8 bits, or as weights of 16 bits want them. a group the
- * input or block comes first, so that what is read together lies together. */
+/* Rows of activations in groups that lie behind each other: in 8 bits, or as weights of 16 bits want them. Inside a group
+ * the input or block comes first, so that what is read together lies together. */
 typedef struct {
   float *whole;       /* (groups, inputs, rows of the group) */
   int8_t *codes;      /* (groups, blocks, rows of the group, 32) */

@@ -120,17 +120,20 @@ static void run_whole_tiles(const Rows *x, const Weight *weight, long tile, long
 void mars_pack(const float *weight, long outputs, long inputs, uint8_t *codes, float *scales) {
   long blocks = depths(inputs);
 #pragma omp parallel for schedule(dynamic)
-  for (long output = 0; output < (outputs + TILE - 1) / TILE * TILE; output++) {
-    const float *from = weight + output * inputs;
-    int8_t *to = (int8_t *)codes + output / TILE * blocks * 2 * PART + output % TILE * 4;
-    float largest = 0;
-    for (long i = 0; i < inputs && output < outputs; i++) largest = fabsf(from[i]) > largest ? fabsf(from[i]) : largest;
-    float inverse = largest > 1e-30f ? LARGEST_WEIGHT / largest : 0;
-    scales[output] = largest / LARGEST_WEIGHT;
-    for (long i = 0; i < blocks * DEPTH; i++) {
-      int code = i < inputs && output < outputs ? (int)lrintf(from[i] * inverse) : 0, high = (code + 128) >> 8;
-      int8_t *place = to + i / DEPTH * 2 * PART + i % DEPTH / 4 * LINE + i % 4;
-      place[0] = (int8_t)high, place[PART] = (int8_t)(code - 256 * high);
+  for (long tile = 0; tile < (outputs + TILE - 1) / TILE; tile++) {
+    for (long output = tile * TILE; output < (tile + 1) * TILE; output++) {
+      long there = output < outputs ? inputs : 0;
+      const float *from = weight + output * inputs;
+      int8_t *to = (int8_t *)codes + tile * blocks * 2 * PART + output % TILE * 4;
+      float largest = 0;
+      for (long i = 0; i < there; i++) largest = fabsf(from[i]) > largest ? fabsf(from[i]) : largest;
+      float inverse = largest > 1e-30f ? LARGEST_WEIGHT / largest : 0;
+      scales[output] = largest / LARGEST_WEIGHT;
+      for (long i = 0; i < blocks * DEPTH; i++) {
+        int code = i < there ? (int)lrintf(from[i] * inverse) : 0, high = (code + 128) >> 8;
+        int8_t *place = to + i / DEPTH * 2 * PART + i % DEPTH / 4 * LINE + i % 4;
+        place[0] = (int8_t)high, place[PART] = (int8_t)(code - 256 * high);
+      }
     }
   }
 }

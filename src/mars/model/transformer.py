@@ -61,7 +61,7 @@ class MarsTransformer(nn.Module):
         self.steps: CompiledSteps | None = None
         """How steps of drawing are compiled, if they are."""
         self.halves: HalfWeights | None = None
-        """Copies in fp16 of the visual weights, for drawing; none where it shall read these themselves."""
+        """Copies in 16 bits of the visual weights, for drawing; none where it shall read these themselves."""
         language, width = config.language, config.visual_width
         self.vocabulary = Vocabulary(text_size=language.vocab_size, num_codes=config.num_codes)
         self.rotary = Rotary(language.head_width, theta=language.rope_theta, scaling=language.rope_scaling)
@@ -118,7 +118,7 @@ class MarsTransformer(nn.Module):
             return None
         if self.steps is not None:
             return self.steps
-        if segment.ids.numel() > MOST_POSITIONS:
+        if segment.ids.shape[1] > MOST_POSITIONS:
             return None
         if not cache.sought:
             cache.decoder, cache.sought = build_decoder(self.layers, cache, self.halves), True

@@ -80,8 +80,8 @@ class MarsPipeline:
             source: a folder, or `owner/name` on the hub, taken from its cache without a network if it is whole there.
             revision: branch, tag or commit on the hub.
             precision: of linear layers in memory. With `fp16` drawing reads the visual expert's in 16 bits, where there
-                is a kernel for it (shipped weights have no more); with `fp32` it never does. `int8` and `int4` take a
-                quarter and a seventh of the room of fp32, and round: pictures are no longer those of fp32.
+                is a kernel for it, which can hardly be told from fp32; with `fp32` never. `int8` and `int4` take
+                a quarter and a seventh of the room of fp32, and round: pictures are no longer those of fp32.
             lora: folder of an adapter, as `peft` lays it out; merged into the weights, so that drawing costs no more.
             lora_scale: how strongly the adapter counts; 1 as it was trained.
             notify: called with one line before anything that takes long.
