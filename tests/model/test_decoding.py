@@ -93,8 +93,10 @@ def test_a_step_of_the_kernel_is_that_of_the_layers(precision: Precision, kind: 
     for rows in (1, 3):
         found, cache = draw(transformer, rows, kernel=True)
         wanted, wanted_cache = draw(transformer, rows, kernel=False)
-        # Activations are rounded to 8 bits beside codes: sums in another order put a few on the other side.
-        assert float((found - wanted).norm() / wanted.norm()) < (2e-3 if precision == "fp16" else 2e-2)
+        # Beside codes of few bits activations have 8: a key that fp16 rounds otherwise puts one on the other side.
+        apart = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+        assert float(apart.median()) < 2e-3
+        assert float((found - wanted).norm() / wanted.norm()) < (2e-3 if precision == "fp16" else 1e-2)
         torch.testing.assert_close(found[0], wanted[0], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(cache.store[:, 0], wanted_cache.store[:, 0], rtol=1e-3, atol=1e-3)
 

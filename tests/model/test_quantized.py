@@ -20,7 +20,13 @@ from mars.model.quantized import (
 )
 
 BITS: tuple[Bits, ...] = (4, 8)
-needs_kernel = pytest.mark.skipif(find_kernel() is None, reason="no C compiler, or a processor without AVX2")
+needs_kernel = pytest.mark.usefixtures("_kernel")
+
+
+@pytest.fixture
+def _kernel() -> None:
+    if find_kernel() is None:
+        pytest.skip("no C compiler, or a processor without AVX2")
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:

@@ -126,12 +126,10 @@ static inline __attribute__((always_inline)) void run_counted(const Look *look, 
 }
 
 static void run_look(const Look *look) {
-  switch (look->count * (look->width == 64 ? -1 : 1)) {
-    case -3: return run_counted(look, 64, 3);
-    case -2: return run_counted(look, 64, 2);
-    case -1: return run_counted(look, 64, 1);
-    case 3: return run_counted(look, look->width, 3);
-    case 2: return run_counted(look, look->width, 2);
-    default: return run_counted(look, look->width, 1);
+  switch (look->count) {
+#define CASE(N) \
+  case N: return look->width == 64 ? run_counted(look, 64, N) : run_counted(look, look->width, N);
+    CASE(1) CASE(2) CASE(3)
+#undef CASE
   }
 }

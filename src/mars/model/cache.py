@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from mars.model.decoding import Decoder
 
 
-HALF_MOST = 65504.0
-
-
 @dataclass(frozen=True, kw_only=True)
 class Prefix:
     """Keys and values of what one row has read, at the layers that image positions look at, without padding."""
@@ -228,6 +225,7 @@ class StaticCache(Cache):
         self.ragged[track] |= segment.mask is not None
 
     def _query_mask(self, segment: Segment, *, track: bool) -> Tensor | None:
+        """(B, 1, T, S) or null, as in every cache, out of where the new positions of each row lie."""
         block = segment.block
         if self.new == block and not self.ragged[track]:
             return None
@@ -258,7 +256,8 @@ class StaticCache(Cache):
     def _kept(self, x: Tensor) -> Tensor:
         """As the store has it, with what is beyond the range of fp16 at its end."""
         if self.store.dtype is torch.float16 and x.dtype is not torch.float16:
-            x = x.clamp(-HALF_MOST, HALF_MOST)
+            limits = torch.finfo(torch.float16)
+            x = x.clamp(limits.min, limits.max)
         return x.to(self.store.dtype)
 
     def _check_fits(self, length: int) -> None:

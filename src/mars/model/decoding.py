@@ -42,10 +42,11 @@ class HalfWeights:
         state = weight.data_ptr(), 0 if weight.is_inference() else weight._version
         found = self._copies.get(name)
         if found is None or found[0] != state:
-            if not bool((weight.abs() <= HalfWeight.LARGEST).all()):
+            largest = float(torch.linalg.vector_norm(weight.detach(), ord=torch.inf))
+            if not largest <= torch.finfo(torch.float16).max:
                 raise ModelError(
-                    f"{name}: weights must lie in the range of fp16, up to 65,504 in size, got "
-                    f"{float(weight.abs().max()):.3g}; open the model with precision fp32"
+                    f"{name}: weights must lie in the range of fp16, up to 65,504 in size, got {largest:.3g}; "
+                    "open the model with precision fp32"
                 )
             self._copies[name] = found = state, HalfWeight.pack(weight)
         return found[1]
@@ -104,11 +105,11 @@ def kernel_for(layers: Iterable[nn.Module], halves: HalfWeights | None, device: 
 
 def build_decoder(layers: Iterable[nn.Module], cache: StaticCache, halves: HalfWeights | None = None) -> Decoder | None:
     """A decoder, or None without `kernel_for` these layers or with a cache that is not in fp16."""
+    if cache.store.dtype is not torch.float16:
+        return None
     layers = list(layers)
     kernel = kernel_for(layers, halves, cache.store.device)
-    if kernel is None or cache.store.dtype is not torch.float16:
-        return None
-    return Decoder(kernel, _visual(layers), cache, halves)
+    return None if kernel is None else Decoder(kernel, _visual(layers), cache, halves)
 
 
 def _visual(layers: Iterable[nn.Module]) -> list[SemVIELayer]:

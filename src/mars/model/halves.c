@@ -1,4 +1,4 @@
-/* Weights of 16 bits on a processor with AVX2 or AVX-512: part of quantized.c, with the names of tiles.c.
+/* Weights of 16 bits on a processor with AVX2 or AVX-512: part of quantized.c, with the names of amx.c.
  *
  *   codes  [tile][input][16 rows] fp16, without scales
  *

@@ -17,10 +17,13 @@ from mars.errors import ModelError
 from mars.files import cache_folder, whole_file
 
 _SOURCE = Path(__file__).with_name("decode.c")
-_PARTS = tuple(_SOURCE.with_name(f"{name}.c") for name in ("decode", "attention", "quantized", "halves", "tiles"))
+_PARTS = tuple(_SOURCE.with_name(f"{name}.c") for name in ("decode", "attention", "quantized", "halves", "amx"))
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
-_WITHOUT_TILES = ("-mno-amx-tile", "-mno-amx-int8")
+_WITHOUT_AMX = ("-mno-amx-tile", "-mno-amx-int8")
 _SECONDS = 60
+
+TILE = 16
+"""Outputs of a tile of weights."""
 
 KINDS = (torch.float32, torch.float16, torch.bfloat16)
 """Of weights that the kernel can round."""
@@ -52,11 +55,8 @@ class Step(ctypes.Structure):
     """What all layers share in a step; see decode.c."""
 
     _fields_ = (
-        *(
-            (name, ctypes.c_long)
-            for name in ("first", "rows", "positions", "block", "width", "heads", "kv_heads", "head_width")
-        ),
-        *((name, ctypes.c_long) for name in ("size", "longest")),
+        *((name, ctypes.c_long) for name in ("first", "rows", "positions", "block")),
+        *((name, ctypes.c_long) for name in ("width", "heads", "kv_heads", "head_width", "size", "longest")),
         ("used", ctypes.c_void_p),
         ("rotary", ctypes.c_void_p),
         ("norm", ctypes.c_void_p),
@@ -110,9 +110,9 @@ class Kernel:
     def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """A contiguous fp32 weight (outputs, inputs) in 16 bits: codes (tiles, bytes) and fp32 scales (tiles, 16)."""
         outputs, inputs = weight.shape
-        tiles = -(-outputs // 16)
-        codes = torch.empty(tiles, self._packed_bytes(16, inputs), dtype=torch.uint8)
-        scales = torch.ones(tiles, 16)
+        tiles = -(-outputs // TILE)
+        codes = torch.empty(tiles, self._packed_bytes(TILE, inputs), dtype=torch.uint8)
+        scales = torch.ones(tiles, TILE)
         self._pack(weight.data_ptr(), outputs, inputs, codes.data_ptr(), scales.data_ptr())
         return codes, scales
 
@@ -137,7 +137,7 @@ def find_kernel() -> Kernel | None:
         return None
     found = _compile(compiler, _FLAGS)
     if found is not None and not found.may_run:
-        found = _compile(compiler, _FLAGS + _WITHOUT_TILES)
+        found = _compile(compiler, _FLAGS + _WITHOUT_AMX)
     return found
 
 

@@ -9,7 +9,7 @@
  *
  * A block is 32 inputs. Codes of 8 and 4 bits are unsigned, with their zero at 128 or 8; activations become 8 bits with
  * one scale per block and row, as in llama.cpp, and sums inside a block are exact integers. Up to 8 rows share one reading
- * of a weight; a row's sums do not depend on the rows beside it. For weights of 16 bits see tiles.c and halves.c.
+ * of a weight; a row's sums do not depend on the rows beside it. For weights of 16 bits see amx.c and halves.c.
  */
 #include <math.h>
 #include <stdint.h>
@@ -43,7 +43,7 @@ typedef struct {
 static inline long least(long a, long b) { return a < b ? a : b; }
 
 #if defined(__AMX_INT8__) && defined(__AVX512BW__) && defined(__linux__)
-#include "tiles.c"
+#include "amx.c"
 #elif defined(__AVX2__) && defined(__F16C__) && defined(__FMA__)
 #include "halves.c"
 #else

@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mars.errors import ModelError
-from mars.model.kernel import KINDS, Weight, find_kernel
+from mars.model.kernel import KINDS, TILE, Weight, find_kernel
 
 Bits = Literal[4, 8]
 
-BLOCK, TILE, QUARTER = 32, 16, 4
+BLOCK, QUARTER = 32, 4
 
 MOST_INPUTS = 65536
-"""Of a weight of 16 bits: their products are summed in 32 bits (`tiles.c`)."""
+"""Of a weight of 16 bits: their products are summed in 32 bits (`amx.c`)."""
 
 
 def check_fits(inputs: int, *, name: str) -> None:
@@ -165,14 +165,12 @@ def quantize_linears(module: nn.Module, *, bits: Bits, where: str = "model") -> 
 @dataclass(frozen=True)
 class HalfWeight:
     """A copy of a weight in 16 bits, in the kernel's order: fp16, or where the processor multiplies tiles of bytes
-    (AMX) integers with one scale for each output (`tiles.c`): within a 65,024th of the largest weight of its output,
+    (AMX) integers with one scale for each output (`amx.c`): within a 65,024th of the largest weight of its output,
     closer to most weights of fp32 than fp16 is, but not equal to weights that are saved in fp16.
     """
 
     BYTES: ClassVar[int] = 2
     """Of a weight."""
-    LARGEST: ClassVar[float] = 65504.0
-    """That a weight may be, as in fp16."""
     codes: Tensor
     """(T, bytes of a tile) uint8; the last tile is filled up with zeros."""
     scales: Tensor
