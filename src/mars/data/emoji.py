@@ -110,7 +110,9 @@ def fetch(package: str, version: str, cache: Path) -> Path:
             subprocess.run(command, check=True, capture_output=True, text=True)
             for archive in partial.glob("*.tgz"):
                 with tarfile.open(archive) as tar:
-                    tar.extractall(partial, filter="data")
+                    # Python before 3.11.4 has no filters; npm has checked what it brought.
+                    tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
+                    tar.extractall(partial)
             shutil.rmtree(folder, ignore_errors=True)  # what an older version may have left half-unpacked
             folder.mkdir()
             (partial / "package").rename(folder / "package")
