@@ -33,7 +33,8 @@ from benchmarks.train_baselines import share_weights
 from mars.data.shards import Caption, CodedPicture, read_codes
 from mars.model.base_llm import open_base_llm
 from mars.model.config import ModelConfig
-from mars.model.transformer import MarsTransformer, build_transformer, start_visual
+from mars.model.starting import start_visual
+from mars.model.transformer import MarsTransformer, build_transformer
 from mars.sequence.layout import IGNORE, Modality, Segment, drawn_image, read_image, text_segment, written_text
 from mars.sequence.text import CAPTION_HINTS, TextTokenizer
 from mars.training.cross_entropy import TokenLoss, token_loss

@@ -30,7 +30,8 @@ from mars.model.config import ModelConfig
 from mars.model.hub_export import hub_fields
 from mars.model.language_tensors import hub_name
 from mars.model.precision import Precision, lower_precision
-from mars.model.transformer import MarsTransformer, build_transformer, start_visual
+from mars.model.starting import start_visual
+from mars.model.transformer import MarsTransformer, build_transformer
 from mars.sequence.text import TextTokenizer
 
 GUIDANCE = 3.0

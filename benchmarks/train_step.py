@@ -40,7 +40,8 @@ from mars.model.base_llm import open_base_llm
 from mars.model.cache import Prefix
 from mars.model.config import ModelConfig
 from mars.model.precision import halve_frozen
-from mars.model.transformer import MarsTransformer, build_transformer, read_prefixes, start_visual
+from mars.model.starting import start_visual
+from mars.model.transformer import MarsTransformer, build_transformer, read_prefixes
 from mars.sequence.layout import Segment, drawn_image, read_image, text_segment, written_text
 from mars.training.losses import captioning_loss, text_to_image_loss
 

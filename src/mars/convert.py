@@ -20,7 +20,8 @@ from mars.memory import check_memory
 from mars.model.base_llm import BaseLLM, lasting_source, open_base_llm
 from mars.model.config import ModelConfig, SemVIEConfig
 from mars.model.hub_export import hub_fields, save_language
-from mars.model.transformer import MarsTransformer, build_transformer, start_visual
+from mars.model.starting import start_visual
+from mars.model.transformer import MarsTransformer, build_transformer
 from mars.sequence.text import TextTokenizer
 
 LANGUAGE_FOLDER = "language"

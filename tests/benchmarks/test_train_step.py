@@ -10,7 +10,8 @@ from torch import Tensor
 from benchmarks import train_step
 from benchmarks.train_baselines import Joint, Routed, Select, Shared, share_weights, whole_rows_loss
 from benchmarks.train_step import Batch, Case, Step, adamw, compare_losses, count_operations, measure_times
-from mars.model.transformer import MarsTransformer, start_visual
+from mars.model.starting import start_visual
+from mars.model.transformer import MarsTransformer
 
 BATCH = Batch(codes_BRC=torch.arange(12).view(2, 2, 3), captions=[[1, 40, 41, 42], [1, 50]])
 TINY = Case(grid=2, captions="short", batch=3)

@@ -127,13 +127,15 @@ def test_captions_name_style_and_tag_in_both_languages_and_hide_some_tags() -> N
     hidden = 0
     for index in range(200):
         captions = emoji._captions(concept(index), SETS["noto"])
-        texts = {(one.language, one.kind): one.text for one in captions}
-        assert len(texts) == len(captions)
+        texts = {(one.language, one.kind): one.text for one in reversed(captions)}
+        assert len({(one.language, one.kind, one.text) for one in captions}) == len(captions)
         assert texts["en", "name"] == f"name {index}"
         assert texts["zh", "style"] == f"名 {index}，Noto 风格"
         known = set(texts.get(("en", "tags"), "").split(", ")) - {""}
         secret = set(texts.get(("en", "paraphrase"), "").split(", ")) - {""}
         assert not known & secret
+        tagged = [one.text.split(", ") for one in captions if (one.language, one.kind) == ("en", "tags")]
+        assert all(0 < len(some) <= 4 and not set(some) & secret for some in tagged)
         assert captions == emoji._captions(concept(index), SETS["noto"])
         other = {(one.language, one.kind): one.text for one in emoji._captions(concept(index), SETS["fluent"])}
         assert other.get(("en", "paraphrase")) == texts.get(("en", "paraphrase"))

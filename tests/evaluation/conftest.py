@@ -17,7 +17,8 @@ from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.image_tokenizer.model import ImageTokenizer
 from mars.model.config import LanguageConfig, ModelConfig, SemVIEConfig
 from mars.model.language_tensors import language_shapes
-from mars.model.transformer import build_transformer, start_visual
+from mars.model.starting import start_visual
+from mars.model.transformer import build_transformer
 from mars.pipeline import MarsPipeline
 from mars.sequence.text import TextTokenizer
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from mars.model.config import LanguageConfig, ModelConfig, SemVIEConfig
 from mars.model.language_tensors import GGUF, GGUF_QWEN, language_shapes
 from mars.model.lora import lora_tensors
-from mars.model.transformer import MarsTransformer, build_transformer, read_prefixes, start_visual
+from mars.model.starting import start_visual
+from mars.model.transformer import MarsTransformer, build_transformer, read_prefixes
 from mars.sequence.layout import drawn_image
 
 ROWS = [[1, 40, 41, 42], [1]]

@@ -20,7 +20,8 @@ from mars.model.base_llm import BaseLLM, open_base_llm, tensors_digest
 from mars.model.config import ModelConfig
 from mars.model.hub_config import hub_config
 from mars.model.language_tensors import hub_name, language_shapes
-from mars.model.transformer import MarsTransformer, build_transformer, start_visual
+from mars.model.starting import start_visual
+from mars.model.transformer import MarsTransformer, build_transformer
 from mars.sequence.layout import drawn_image, text_segment
 
 WriteGGUF = Callable[..., tuple[Path, dict[str, np.ndarray]]]

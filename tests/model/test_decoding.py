@@ -13,7 +13,8 @@ from mars.model.kernel import find_kernel
 from mars.model.language_tensors import language_shapes
 from mars.model.precision import Precision, lower_precision
 from mars.model.quantized import QuantizedLinear
-from mars.model.transformer import MarsTransformer, build_transformer, read_prefixes, start_visual
+from mars.model.starting import start_visual
+from mars.model.transformer import MarsTransformer, build_transformer, read_prefixes
 from mars.sequence.layout import Modality, Segment, low_image, upscaled_image
 
 PROMPTS = [[1, 5, 9, 30, 2], [1, 7], [4, 4, 4], [9]]

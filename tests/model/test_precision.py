@@ -18,7 +18,8 @@ from mars.model.precision import (
     replace_weights,
     weights_held,
 )
-from mars.model.transformer import MarsTransformer, build_transformer, read_prefixes, start_visual
+from mars.model.starting import start_visual
+from mars.model.transformer import MarsTransformer, build_transformer, read_prefixes
 from mars.sequence.layout import Modality, Segment, text_segment
 
 LOWER: tuple[Precision, ...] = ("int8", "int4")

@@ -13,7 +13,8 @@ from mars.errors import ConfigError
 from mars.model.config import LanguageConfig, ModelConfig, SemVIEConfig
 from mars.model.language_tensors import hub_name, language_shapes
 from mars.model.semvie import SemVIELayer
-from mars.model.transformer import MarsTransformer, build_transformer, is_language, start_visual
+from mars.model.starting import start_visual
+from mars.model.transformer import MarsTransformer, build_transformer, is_language
 from mars.sequence.layout import (
     IGNORE,
     Modality,

@@ -159,3 +159,35 @@ def test_written_text_starts_after_the_image_and_stops_at_its_end(rows: list[lis
 def test_written_text_needs_a_hint_for_each_row() -> None:
     with pytest.raises(ValueError, match="zip"):
         written_text([[1], [2]], VOCABULARY, hints=[[]], end=2)
+
+
+@given(st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2)]), st.integers(1, 3), st.integers(1, 3))
+def test_the_codes_of_a_cell_follow_each_other_in_raster_order(shape: tuple[int, int], down: int, across: int) -> None:
+    side, cell = shape
+    rows, columns = down * side, across * side
+    order = drawing_order(rows, columns, side=side, cell=cell)
+    assert sorted(order.tolist()) == list(range(rows * columns))
+    for place in order.view(-1, cell, cell):
+        assert place[0, 0] // columns % cell == place[0, 0] % columns % cell == 0
+        assert torch.equal(place - place[0, 0], torch.arange(cell)[:, None] * columns + torch.arange(cell))
+    firsts = order.view(-1, cell * cell)[:, 0]
+    blocks = drawing_order(rows // cell, columns // cell, side=side // cell)
+    assert torch.equal(firsts // columns // cell * (columns // cell) + firsts % columns // cell, blocks)
+
+
+@given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3))
+def test_positions_with_cells_hold_squares_of_codes(count: int, down: int, across: int) -> None:
+    vocabulary = Vocabulary(text_size=21, num_codes=13, cell=2)
+    codes = torch.randint(13, (count, 2 * down, 2 * across))
+    drawn, read = drawn_image(codes, vocabulary), read_image(codes, vocabulary)
+    assert drawn.ids.shape == (count, down * across, 4)
+    assert drawn.columns == across
+    assert drawn.targets is not None
+    squares = codes.unfold(1, 2, 2).unfold(2, 2, 2).reshape(count, down * across, 4)
+    assert torch.equal(drawn.targets - vocabulary.first_code, squares)
+    assert torch.equal(read.ids[:, 1:], drawn.targets)
+    assert bool((read.ids[:, 0] == vocabulary.image_start).all())
+    assert [place.tolist() for place in drawn.places()] == [
+        [row for row in range(down) for _ in range(across)],
+        [column for _ in range(down) for column in range(across)],
+    ]

@@ -23,14 +23,24 @@ def emoji(
     out: Annotated[Path, typer.Option(help="The picture shard to write.")] = Path("data/emoji.tar"),
     cache: Annotated[Path, typer.Option(help="Where npm packages are kept.")] = Path("data/npm"),
     size: Annotated[int, typer.Option(help="Pixels on each side.", min=16)] = 128,
+    style: Annotated[
+        list[str] | None, typer.Option(help="One of the styles; may be given again. Default: all.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Render emoji artwork with English and Chinese captions (needs npm)."""
-    from mars.data.emoji import make_emoji
+    from mars.data.emoji import SETS, make_emoji
     from mars.data.shards import write_pictures
+    from mars.errors import RequestError
 
+    for name in style or ():
+        if name not in SETS:
+            raise RequestError(f"style must be one of {', '.join(SETS)}, got {name}")
     refused: list[str] = []
-    made = make_emoji(cache=cache, size=size, refused=lambda key, reason: refused.append(f"{key}: {reason}"))
+    made = make_emoji(
+        cache=cache, size=size, styles=tuple(style or SETS),
+        refused=lambda key, reason: refused.append(f"{key}: {reason}"),
+    )  # fmt: skip
     typer.echo(f"{out}: {write_pictures(out, made):,} pictures")
     if refused:
         typer.echo(f"  refused: {len(refused):,}")

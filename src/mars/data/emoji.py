@@ -202,6 +202,13 @@ def _without_standard_error() -> Iterator[None]:
         os.close(nowhere)
 
 
+def _wordings(tags: list[str], comma: str) -> list[str]:
+    """Tags as captions: all (up to four), and each half of them, so that no single one stands for the picture."""
+    half = -(-len(tags) // 2)
+    chosen = (tags[:4], tags[:half], tags[half:][::-1][:3])
+    return list(dict.fromkeys(comma.join(some) for some in chosen if some))
+
+
 def _captions(concept: Concept, style: EmojiSet) -> tuple[Caption, ...]:
     captions = []
     for language, comma, words in (("en", ", ", style.en), ("zh", "，", style.zh)):
@@ -211,9 +218,9 @@ def _captions(concept: Concept, style: EmojiSet) -> tuple[Caption, ...]:
         tags = [tag for tag in concept.tags[language] if tag.lower() != name.lower()]
         secret = [tag for tag in tags if _percentile(f"tag {concept.hexcode} {tag}") < PARAPHRASE_PERCENT]
         known = [tag for tag in tags if tag not in secret]
-        for kind, chosen in (("tags", known[:4]), ("paraphrase", secret[:4])):
-            if chosen:
-                captions.append(Caption(text=comma.join(chosen), language=language, kind=kind))
+        captions += [Caption(text=text, language=language, kind="tags") for text in _wordings(known, comma)]
+        if secret:
+            captions.append(Caption(text=comma.join(secret[:4]), language=language, kind="paraphrase"))
     return tuple(captions)
 
 

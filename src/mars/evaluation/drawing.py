@@ -80,12 +80,15 @@ class Artist:
     def draw_without_prompt(self, count: int) -> list[Image.Image]:
         """Pictures for the empty prompt, which the pipeline refuses: the beginning-of-text id alone, not guided."""
         empty = (self.pipe.model.text_tokenizer.bos_id,)
-        plain = replace(self.sampling, guidance=1.0)
+        plain, cell = replace(self.sampling, guidance=1.0), self.pipe.model.transformer.vocabulary.cell
         seeds = range(self.seed, self.seed + count)
         requests = [
-            DrawRequest(prompt=empty, free=empty, grid=self.pipe.model.info.grids[0], seed=number, sampling=plain)
+            DrawRequest(
+                prompt=empty, free=empty, grid=self.pipe.model.info.grids[0], seed=number, sampling=plain,
+                side=cell, cell=cell,
+            )
             for number in seeds
-        ]
+        ]  # fmt: skip
         pictures: list[Image.Image] = []
         for some in batches(requests):
             pictures += self.pipe.decode(torch.stack(draw(self.pipe.model.transformer, some)))

@@ -1,6 +1,10 @@
 """Pictures that are drawn together, a block of K codes of each in a step; they come and go between steps.
 
-Letters: B rows, P pictures, N codes of the largest picture, K codes of a step, V ids to choose from.
+Where positions hold cells of codes, a step runs one position for each cell and then chooses its codes one after the
+other, each after those before it (`model/cells.py`).
+
+Letters: B rows, P pictures, N codes of the largest picture, K codes of a step, T positions of a step, S codes of a
+position, V ids to choose from.
 """
 
 from collections.abc import Collection, Sequence
@@ -58,6 +62,7 @@ class Batch:
         self.transformer = transformer
         self.side = side
         self.block = side * side
+        self.slots = transformer.vocabulary.slots
         self.refines = refines
         self.device = transformer.device
         self.cache: StaticCache | None = None
@@ -159,10 +164,10 @@ class Batch:
         self.guided_P = torch.tensor([request.guided for request in requests], device=self.device)
         self.stops = any(0 < request.guided < request.places for request in requests)
         """Whether guidance ends before a picture is done."""
-        samplings = [request.sampling for request in requests for _ in range(self.block)]
+        samplings = [request.sampling for request in requests for _ in range(self.block // self.slots)]
         self.sampler = Sampler(samplings, device=self.device)
         self.ranked = any(request.sampling.candidates > 1 for request in requests)
-        columns = torch.tensor([request.grid[1] for request in requests], device=self.device)
+        columns = torch.tensor([request.grid[1] // request.cell for request in requests], device=self.device)
         self.columns_B1 = self.guidance.spread(columns)[:, None]
         self.inside_K = torch.arange(self.block, device=self.device)
         self.low_PN, self.known_PN = torch.zeros_like(self.codes_PN), torch.full_like(self.codes_PN, -1)
@@ -179,22 +184,8 @@ class Batch:
         """Draws the next block of every picture; returns how many codes that are."""
         assert self.cache is not None
         vocabulary, places_PK = self.transformer.vocabulary, self.done_P[:, None] + self.inside_K
-        segment = Segment(
-            modality=Modality.IMAGE,
-            ids=self.guidance.spread(self.last_PK),
-            columns=self.columns_B1,
-            start=self.guidance.spread(self.done_P)[:, None],
-            side=self.side,
-            low=self.guidance.spread(self.low_PN.gather(1, places_PK)) if self.refines else None,
-        )
-        hidden_BKD = self.transformer(segment, self.cache)
-        guided_PKV, prompted_PKV = self._logits(hidden_BKD)
-        known_PK = self.known_PN.gather(1, places_PK)
-        chosen_PK = self.sampler.choose(guided_PKV.flatten(0, 1), self._noise()).view_as(places_PK)
-        chosen_PK = torch.where(known_PK < 0, chosen_PK, known_PK)
-        if prompted_PKV is not None:
-            surprises_PK = prompted_PKV.logsumexp(dim=2) - prompted_PKV.gather(2, chosen_PK[..., None])[..., 0]
-            self.likelihoods_P -= surprises_PK.sum(dim=1)
+        hidden_BTD = self.transformer(self._segment(places_PK), self.cache)
+        chosen_PK = self._choose(hidden_BTD, places_PK)
         self.codes_PN.scatter_(1, places_PK, chosen_PK)
         self.last_PK = chosen_PK + vocabulary.first_code
         self.done_P += self.block
@@ -205,19 +196,53 @@ class Batch:
             self._end_guidance()
         return len(self.pictures) * self.block
 
-    def _logits(self, hidden_BKD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits of codes (P, K, V): guided, and without guidance where candidates are ranked by them, in fp32.
+    def _segment(self, places_PK: Tensor) -> Segment:
+        """The positions that draw the next block, after the last."""
+        cell, ids = self.transformer.vocabulary.cell, self.guidance.spread(self.last_PK)
+        low_PT = self.low_PN.gather(1, places_PK)[:, :: self.slots] if self.refines else None
+        return Segment(
+            modality=Modality.IMAGE,
+            ids=ids if self.slots == 1 else ids.unflatten(1, (-1, self.slots)),
+            columns=self.columns_B1,
+            start=self.guidance.spread(self.done_P)[:, None] // self.slots,
+            side=self.side // cell,
+            low=None if low_PT is None else self.guidance.spread(low_PT),
+        )
+
+    def _choose(self, hidden_BTD: Tensor, places_PK: Tensor) -> Tensor:
+        """The codes of the next block (P, K): all positions at once, the codes of each one after the other."""
+        places_PTS, known_PTS = (
+            of_PK.unflatten(1, (-1, self.slots)) for of_PK in (places_PK, self.known_PN.gather(1, places_PK))
+        )
+        noise = self._noise()
+        if noise is not None:
+            noise = noise.unflatten(0, (-1, self.slots))
+        chosen: list[Tensor] = []
+        for slot in range(self.slots):
+            states_BTD = self.transformer.next_state(hidden_BTD, [self.guidance.spread(one) for one in chosen])
+            guided_PTV, prompted_PTV = self._logits(states_BTD, places_PTS[..., slot])
+            drawn = self.sampler.choose(guided_PTV.flatten(0, 1), None if noise is None else noise[:, slot])
+            known_PT = known_PTS[..., slot]
+            drawn_PT = torch.where(known_PT < 0, drawn.view_as(known_PT), known_PT)
+            if prompted_PTV is not None:
+                surprises_PT = prompted_PTV.logsumexp(dim=2) - prompted_PTV.gather(2, drawn_PT[..., None])[..., 0]
+                self.likelihoods_P -= surprises_PT.sum(dim=1)
+            chosen.append(drawn_PT)
+        return torch.stack(chosen, dim=2).flatten(1)
+
+    def _logits(self, states_BTD: Tensor, places_PT: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits of codes (P, T, V): guided, and without guidance where candidates are ranked by them, in fp32.
 
         The head is linear, so that states can be guided instead of their logits: half the work, and the same.
         """
         codes, count = self.transformer.vocabulary.num_codes, len(self.pictures)
-        within_PK = None
+        within_PT = None
         if self.stops and self.block > 1:  # guidance may end inside a block
-            within_PK = self.done_P[:, None] + self.inside_K < self.guided_P[:, None]
-        guided_PKD = self.guidance.combine(hidden_BKD, within_PK)
+            within_PT = places_PT < self.guided_P[:, None]
+        guided_PTD = self.guidance.combine(states_BTD, within_PT)
         if not self.ranked:
-            return self.transformer.visual_logits(guided_PKD)[..., :codes], None
-        both = torch.cat([guided_PKD, self.guidance.prompted(hidden_BKD)])
+            return self.transformer.visual_logits(guided_PTD)[..., :codes], None
+        both = torch.cat([guided_PTD, self.guidance.prompted(states_BTD)])
         logits = self.transformer.visual_logits(both)[..., :codes]
         return logits[:count], logits[count:].float()
 

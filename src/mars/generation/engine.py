@@ -76,7 +76,7 @@ def text_ids(
         RequestError: if the prompt leaves no room in the LLM's positions.
     """
     sampling = sampling or Sampling(temperature=0)
-    before = 0 if image is None else image.numel() + 1
+    before = 0 if image is None else image.numel() // transformer.vocabulary.slots + 1
     limit = transformer.config.language.max_positions - before
     if len(prompt) >= limit:
         raise RequestError(f"the text must be shorter than {limit} tokens, got {len(prompt)}")

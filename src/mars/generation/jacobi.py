@@ -69,7 +69,7 @@ class JacobiBatch(Batch):
             start=self.guidance.spread(self.done_P)[:, None],
         )
         hidden_BWD = self.transformer(segment, self.cache)
-        guided_PWV, prompted_PWV = self._logits(hidden_BWD)
+        guided_PWV, prompted_PWV = self._logits(hidden_BWD, self.done_P[:, None] + self.inside_K)
         shares_PWV = self.sampler.shares(guided_PWV.flatten(0, 1)).view_as(guided_PWV)
         kept_P = torch.zeros_like(self.done_P)
         for number, picture in enumerate(self.pictures):

@@ -76,8 +76,11 @@ def write(transformer: MarsTransformer, request: WriteRequest) -> Iterator[Wrote
     Raises:
         RequestError: if that, at most, does not fit into the LLM's positions, or the request cannot be.
     """
-    room = request.max_tokens + request.max_images * (request.grid[0] * request.grid[1] + 2)
-    given = sum(part.codes_RC.numel() + 2 if isinstance(part, ImagePart) else len(part.ids) for part in request.parts)
+    slots = transformer.vocabulary.slots
+    room = request.max_tokens + request.max_images * (request.grid[0] * request.grid[1] // slots + 2)
+    given = sum(
+        part.codes_RC.numel() // slots + 2 if isinstance(part, ImagePart) else len(part.ids) for part in request.parts
+    )
     limit = transformer.config.language.max_positions
     if given + room > limit:
         raise RequestError(
@@ -97,7 +100,7 @@ class _Writer:
         self.request = request
         self.cache: StaticCache = transformer.new_static_cache(batch=1, size=size)
         self.ids: list[int] = []
-        """All of them so far."""
+        """One for each position so far."""
         self.generator = torch.Generator(transformer.device).manual_seed(request.seed)
         self.images = 0
 
@@ -145,25 +148,27 @@ class _Writer:
     def _read_image(self, codes_RC: Tensor) -> Tensor:
         """The state after an image and the id that ends it."""
         vocabulary = self.transformer.vocabulary
-        self.ids += [vocabulary.image_start, *(codes_RC.flatten() + vocabulary.first_code).tolist()]
+        codes = codes_RC.flatten()[:: vocabulary.slots] + vocabulary.first_code
+        self.ids += [vocabulary.image_start, *codes.tolist()]
         self.transformer(read_image(codes_RC[None].to(self.transformer.device), vocabulary), self.cache)
         return self._read_text([vocabulary.image_end])
 
     def _draw(self) -> Iterator[DrewRow | Drew]:
         request = self.request
+        cell = self.transformer.vocabulary.cell
         asked = DrawRequest(
             prompt=tuple(self.ids), free=request.free, grid=request.grid, seed=request.seed + self.images,
-            sampling=replace(request.drawing, candidates=1),
+            sampling=replace(request.drawing, candidates=1), side=cell, cell=cell,
         )  # fmt: skip
         self.images += 1
-        rows, columns = request.grid
+        rows, row = request.grid[0], request.grid[1] * cell
         with torch.inference_mode():
             batch = self._batch(asked)
         (picture,), told = batch.pictures, 0
         while picture.done < asked.places:
             with torch.inference_mode():
                 batch.step()
-                codes = batch.codes_PN[0, : picture.done // columns * columns].clone().view(-1, columns)
+                codes = asked.raster(batch.codes_PN[0, : picture.done // row * row])
             if told < len(codes) < rows:
                 yield DrewRow(codes)
             told = len(codes)

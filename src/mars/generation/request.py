@@ -35,6 +35,9 @@ class DrawRequest:
     low: Tensor | None = None
     """(R, C) codes of the smaller image that is drawn again; the grid is a whole number of times larger."""
     side: int = 1
+    """Codes on each side of the square that a step draws."""
+    cell: int = 1
+    """Codes on each side of the square that one position holds (`Vocabulary.cell`); it divides `side`."""
     known: Tensor | None = None
     """(R, C) codes that are kept as they are, and -1 where one is to be drawn: inpainting. What stands behind a place
     is not seen when it is drawn, but counts where the likeliest of several candidates is chosen."""
@@ -59,8 +62,8 @@ class DrawRequest:
         """Positions of a candidate's longest row."""
         return (
             max(map(len, self.texts))
-            + (0 if self.low is None else self.low.numel() + 1)
-            + self.places
+            + (0 if self.low is None else self.low.numel() // self.cell**2 + 1)
+            + self.places // self.cell**2
             + self.sampling.window
             - 1
         )
@@ -75,7 +78,7 @@ class DrawRequest:
         Raises:
             ConfigError: if blocks do not fill the grid.
         """
-        return drawing_order(*self.grid, side=self.side)
+        return drawing_order(*self.grid, side=self.side, cell=self.cell)
 
     def refined(self) -> Tensor | None:
         """The code that each code refines, (N,) in the order in which they are drawn; null without `low`.
@@ -95,6 +98,10 @@ class DrawRequest:
 
     def check(self, transformer: MarsTransformer) -> None:
         """Raises RequestError or ConfigError if a model cannot draw this."""
+        if self.cell != transformer.vocabulary.cell:
+            raise RequestError(
+                f"cell must be the model's, {transformer.vocabulary.cell}, got {self.cell}; ask as this model draws"
+            )
         self.order()
         self.refined()
         if self.low is not None and not transformer.config.semvie.low_input:
@@ -109,8 +116,10 @@ class DrawRequest:
                 f"{transformer.vocabulary.num_codes}, got {'x'.join(map(str, self.known.shape))} up to "
                 f"{int(self.known.max())}"
             )
-        if self.sampling.window != 1 and self.low is not None:
-            raise RequestError(f"window must be 1 where a picture is upscaled, got {self.sampling.window}")
+        if self.sampling.window != 1 and (self.low is not None or self.side > 1):
+            raise RequestError(
+                f"window must be 1 where a step draws several codes or refines a picture, got {self.sampling.window}"
+            )
         limit = transformer.config.language.max_positions
         if self.length > limit:
             raise RequestError(

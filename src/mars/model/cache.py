@@ -55,7 +55,7 @@ class Cache:
 
     def begin(self, segment: Segment) -> Tensor:
         """Makes room for a segment; returns positions (B, T) of its ids in the joint sequence."""
-        ids = segment.ids
+        ids = segment.ids if segment.ids.dim() == 2 else segment.ids[..., 0]
         assert ids.shape[1] % segment.block == 0, "a segment holds whole blocks"
         real = segment.mask if segment.mask is not None else torch.ones_like(ids, dtype=torch.bool)
         lengths_B = self.lengths_B if self.lengths_B is not None else ids.new_zeros(len(ids))

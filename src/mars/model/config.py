@@ -135,6 +135,11 @@ class SemVIEConfig:
     """Ours: learned row and column embeddings added at image positions. A pocket model learns its grid sooner."""
     max_grid: int = 32
     """Largest number of rows or of columns that the grid embedding knows."""
+    cell: int = 1
+    """Ours: codes on each side of the square that one image position holds; 1 is a code per position. With 2 a picture
+    takes a quarter of the positions, and a small head (`model/cells.py`) predicts the four codes of each in turn."""
+    cell_width: int = 256
+    """Width of that head."""
     low_input: bool = False
     """Ours: an image position may also get the low-resolution code that it refines, through a projection that starts
     at zero. Super-resolution needs it."""
@@ -142,7 +147,7 @@ class SemVIEConfig:
     def __post_init__(self) -> None:
         if self.init not in ("copy", "random"):
             raise ConfigError(f"semvie.init must be 'copy' or 'random', got {self.init!r}")
-        _positive("semvie", max_grid=self.max_grid)
+        _positive("semvie", max_grid=self.max_grid, cell=self.cell, cell_width=self.cell_width)
         for name in ("visual_width", "visual_ffn"):
             value = getattr(self, name)
             if value is not None:
@@ -166,6 +171,8 @@ class ModelConfig:
         for layer in semvie.visual_layers or ():
             if not 0 <= layer < language.num_layers:
                 raise ConfigError(f"semvie.visual_layers must lie in 0..{language.num_layers - 1}, got {layer}")
+        if semvie.cell > 1 and semvie.init == "copy":
+            raise ConfigError("semvie.cell above 1 has no rows that could be copied; set init = 'random'")
         if self.visual_width != language.width:
             if semvie.share_norms:
                 raise ConfigError(

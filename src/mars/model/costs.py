@@ -123,7 +123,7 @@ def _read_per_code(transformer: MarsTransformer) -> set[str]:
     return {
         name
         for name, _ in transformer.named_parameters()
-        if ".visual." in name or name.startswith(("visual_head.", last, *borrowed))
+        if ".visual." in name or name.startswith(("visual_head.", "visual_cells.", last, *borrowed))
     }
 
 
@@ -159,7 +159,13 @@ class FlopCount:
                 shared = 0 if hasattr(layer.visual, "o_proj") else 2 * _matrices(layer.language.o_proj)
                 self.image_linear += 2 * _matrices(layer.visual) + shared
         self.text_head = 2 * language.width * language.vocab_size
+        self.slots = transformer.vocabulary.slots
         self.image_head = 2 * _matrices(transformer.visual_head)
+        self.cell = 0
+        """Of what stands between a position's state and the head, per code."""
+        if self.slots > 1:
+            cells = transformer.visual_cells
+            self.cell = 2 * (_matrices(cells.contexts) // self.slots + _matrices(cells.blocks))
         self.low = 2 * _matrices(transformer.low_projection) if transformer.config.semvie.low_input else 0
         """Of what a position makes of the low-resolution code that it refines."""
         self.layers, self.visual_layers = language.num_layers, len(experts)
@@ -188,10 +194,10 @@ class FlopCount:
             low: positions of a picture of lower resolution that is read first.
             block: codes of a step.
         """
-        before = prompt + low
-        pairs = codes * before + codes * (codes + block) // 2
-        row = self.read_text(prompt) + (self.read_image(low, before=prompt) + codes * self.low if low else 0)
-        row += codes * self.image_linear + self.pair * self.visual_layers * pairs
+        before, positions = prompt + low, codes // self.slots
+        pairs = positions * before + positions * (positions + max(1, block // self.slots)) // 2
+        row = self.read_text(prompt) + (self.read_image(low, before=prompt) + positions * self.low if low else 0)
+        row += positions * self.image_linear + self.pair * self.visual_layers * pairs + codes * self.cell
         return row * (2 if guided else 1) + codes * self.image_head
 
     def train_text_to_image(self, *, caption: int, codes: int, low: int = 0) -> int:
@@ -200,9 +206,10 @@ class FlopCount:
         Args:
             low: positions of a picture of lower resolution between both (super-resolution).
         """
-        flops = self.read_text(caption) + self._train_image(codes, before=caption + low, predicts=True)
+        positions = codes // self.slots
+        flops = self.read_text(caption) + self._train_image(positions, before=caption + low, codes=codes)
         if low:
-            flops += self._train_image(low, before=caption, predicts=False) + 3 * codes * self.low
+            flops += self._train_image(low, before=caption, codes=0) + 3 * positions * self.low
         return flops
 
     def train_captioning(self, *, caption: int, codes: int) -> int:
@@ -210,10 +217,10 @@ class FlopCount:
 
         Gradients pass through the frozen layers, whose weights take none.
         """
-        positions, text = codes + 1, caption + 1
+        positions, text = codes // self.slots + 1, caption + 1
         linear = text * (self.text_linear + self.text_head)
         attention = self.read_text(text, image=positions) - text * self.text_linear
-        return self._train_image(positions, before=0, predicts=False) + 2 * linear + 3 * attention
+        return self._train_image(positions, before=0, codes=0) + 2 * linear + 3 * attention
 
     def train_document(self, segments: Sequence[tuple[Modality, int, int]]) -> int:
         """One training sample of texts and images in any order: at most so much, since of a text that predicts nothing
@@ -225,8 +232,7 @@ class FlopCount:
         flops = text = image = 0
         for modality, positions, predicted in segments:
             if modality is Modality.IMAGE:
-                flops += self._train_image(positions, before=text + image, predicts=predicted > 0)
-                flops -= 3 * (positions - predicted) * self.image_head if predicted else 0
+                flops += self._train_image(positions, before=text + image, codes=predicted)
                 image += positions
                 continue
             linear = positions * self.text_linear
@@ -237,12 +243,13 @@ class FlopCount:
             text += positions
         return flops
 
-    def _train_image(self, positions: int, *, before: int, predicts: bool) -> int:
-        """Image positions forward and backward. Those that predict nothing are heard through keys and values alone, so
-        the last visual layer's other products take no gradient."""
+    def _train_image(self, positions: int, *, before: int, codes: int) -> int:
+        """Image positions forward and backward, which predict so many codes. Those that predict none are heard through
+        keys and values alone, so the last visual layer's other products take no gradient."""
         forward = self.read_image(positions, before=before)
-        if predicts:
-            return 3 * (forward + positions * self.image_head) - positions * self.frozen * self.visual_layers
+        if codes:
+            heads = codes * (self.image_head + self.cell)
+            return 3 * (forward + heads) - positions * self.frozen * self.visual_layers
         unused = self.image_linear // self.visual_layers - self.key_value
         unused += self.pair * (before + positions)
         return 3 * forward - positions * (2 * unused + self.frozen * (self.visual_layers - 1))

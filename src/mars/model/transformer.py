@@ -5,10 +5,10 @@
 
 Training, prompt prefill and decoding are the same code; only the cache differs.
 
-Letters: B batch, T positions, D width of the segment's modality, V text vocabulary.
+Letters: B batch, T positions, D width of the segment's modality, V text vocabulary, K codes of a cell, E its width.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -17,20 +17,15 @@ from torch.utils.checkpoint import checkpoint
 
 from mars.errors import RequestError
 from mars.model.cache import Cache, Prefix, StaticCache
+from mars.model.cells import CellHead
 from mars.model.compiled import CompiledSteps
 from mars.model.config import ModelConfig
 from mars.model.decoding import MOST_POSITIONS, Decoder, HalfWeights, build_decoder, kernel_for
-from mars.model.layers import Expert, Linear, Norm
+from mars.model.layers import Linear, Norm
 from mars.model.rope import Rotary
 from mars.model.semvie import SemVIELayer
 from mars.sequence.layout import Modality, Segment, text_segment
 from mars.sequence.vocabulary import Vocabulary
-
-NOISE = 0.02
-"""Deviation of the noise on visual rows, as a share of the text embeddings' own where the widths are equal."""
-
-NARROW_INPUT = 0.3
-"""Standard deviation of the input tables of a visual expert that is narrower than the LLM."""
 
 
 def is_language(name: str) -> bool:
@@ -48,8 +43,9 @@ class MarsTransformer(nn.Module):
 
     Tables: `language_embedding` and `language_head` (absent when tied) are the LLM's; `visual_embedding` and
     `visual_head` hold a row per code, special and dead id; `special_embedding` and `special_head` are the special
-    ids as text positions see them, in the LLM's width. `low_projection` (absent unless `semvie.low_input`) is what an
-    image position makes of the low-resolution code that it refines.
+    ids as text positions see them, in the LLM's width. Where positions hold cells of codes, `visual_embedding` has such
+    rows for each place in a cell, and `visual_cells` stands between states and `visual_head`. `low_projection` (absent
+    unless `semvie.low_input`) is what an image position makes of the low-resolution code that it refines.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -63,7 +59,7 @@ class MarsTransformer(nn.Module):
         self.halves: HalfWeights | None = None
         """Copies in 16 bits of the visual weights, for drawing; none where it shall read these themselves."""
         language, width = config.language, config.visual_width
-        self.vocabulary = Vocabulary(text_size=language.vocab_size, num_codes=config.num_codes)
+        self.vocabulary = Vocabulary(text_size=language.vocab_size, num_codes=config.num_codes, cell=config.semvie.cell)
         self.rotary = Rotary(language.head_width, theta=language.rope_theta, scaling=language.rope_scaling)
         self.language_embedding = _table(language.vocab_size, language.width)
         self.layers = nn.ModuleList(SemVIELayer(config, index) for index in range(language.num_layers))
@@ -73,8 +69,13 @@ class MarsTransformer(nn.Module):
         specials = self.vocabulary.size - self.vocabulary.first_special
         self.special_embedding = _table(specials, language.width)
         self.special_head = Linear(language.width, specials, bias=False)
-        self.visual_embedding = _table(self.vocabulary.visual_rows, width)
-        self.visual_head = Linear(width, self.vocabulary.visual_rows, bias=False)
+        slots, cell_width = self.vocabulary.slots, config.semvie.cell_width
+        self.visual_embedding = _table(slots * self.vocabulary.visual_rows, width)
+        if slots > 1:
+            self.visual_cells = CellHead(
+                width=width, cell_width=cell_width, slots=slots, num_codes=config.num_codes, eps=language.norm_eps
+            )
+        self.visual_head = Linear(width if slots == 1 else cell_width, self.vocabulary.visual_rows, bias=False)
         if not config.semvie.share_norms:
             self.visual_norm = Norm(width, eps=language.norm_eps)
         if config.semvie.grid_embedding:
@@ -182,7 +183,12 @@ class MarsTransformer(nn.Module):
                 return text
             rows: Tensor = self.special_embedding((segment.ids - first).clamp(min=0))
             return torch.where(special[..., None], rows, text)
-        visual: Tensor = self.visual_embedding(segment.ids - self.vocabulary.first_code)
+        rows_of_ids = segment.ids - self.vocabulary.first_code
+        if self.vocabulary.slots == 1:
+            visual: Tensor = self.visual_embedding(rows_of_ids)
+        else:
+            slots_K = torch.arange(self.vocabulary.slots, device=segment.ids.device)
+            visual = self.visual_embedding(rows_of_ids + slots_K * self.vocabulary.visual_rows).sum(dim=2)
         if self.config.semvie.grid_embedding:
             rows, columns = (place.clamp(max=self.config.semvie.max_grid) for place in segment.places())
             visual = visual + self.visual_grid["rows"][rows] + self.visual_grid["columns"][columns]
@@ -211,8 +217,24 @@ class MarsTransformer(nn.Module):
         """Logits of special and dead ids at text positions: how text predicts `<img>`."""
         return cast(Tensor, self.special_head(hidden_BTD))
 
+    def code_states(self, hidden_BTD: Tensor, targets: Tensor) -> Tensor:
+        """States that predict the codes of image positions, one for each target: those of `forward`, or with cells
+        (B, T, K, E), where each code of a cell is predicted from those before it.
+
+        Args:
+            targets: ids, (B, T) or (B, T, K); anything where no code is predicted.
+        """
+        if self.vocabulary.slots == 1:
+            return hidden_BTD
+        codes = (targets - self.vocabulary.first_code).clamp(0, self.vocabulary.num_codes - 1)
+        return cast(Tensor, self.visual_cells(hidden_BTD, codes))
+
+    def next_state(self, hidden_BTD: Tensor, chosen: Sequence[Tensor]) -> Tensor:
+        """The state (B, T, D or E) that predicts the next code of each position, after `chosen` codes (B, T) of it."""
+        return hidden_BTD if self.vocabulary.slots == 1 else self.visual_cells.next_state(hidden_BTD, chosen)
+
     def visual_logits(self, hidden_BTD: Tensor) -> Tensor:
-        """Logits of the visual rows at image positions: codes first, then special and dead ids."""
+        """Logits of the visual rows after `code_states` or `next_state`: codes first, then special and dead ids."""
         if self.halves is not None and hidden_BTD.device.type == "cpu" and not torch.is_grad_enabled():
             copy = self.halves.of("visual_head", self.visual_head)
             return copy.multiply(hidden_BTD)[..., : self.vocabulary.visual_rows]
@@ -297,85 +319,3 @@ def build_transformer(
                 else:
                     setattr(module, name, replacement)
     return transformer
-
-
-@torch.no_grad()
-def start_visual(
-    transformer: MarsTransformer, *, generator: torch.Generator, codebook_VZ: Tensor | None = None
-) -> None:
-    """Gives the visual side its starting weights.
-
-    Tables start at the mean of the text embeddings plus a little noise. A table narrower than the LLM's, where no such
-    mean exists, starts at noise, or (ours) at a random projection of the image tokenizer's codebook: codes that look
-    alike then start alike. Experts start as a copy of the LLM's layers, or at random with silent outputs.
-    """
-    config = transformer.config
-    text = transformer.language_embedding.weight
-    mean, deviation = text.mean(dim=0), float(text.std())
-    for name, weight in transformer.visual_tensors().items():
-        if ".visual." in name:
-            continue
-        if weight.dim() == 1:
-            weight.copy_(transformer.language_norm.weight if len(weight) == len(mean) else torch.ones_like(weight))
-            continue
-        if name.startswith("low_projection"):
-            weight.zero_()  # what was trained without it goes on as it was
-            continue
-        weight.normal_(0, 1, generator=generator)
-        if name.startswith("visual_grid"):
-            weight.mul_(0 if config.semvie.init == "copy" else NARROW_INPUT)
-        elif weight.shape[1] == len(mean):
-            weight.mul_(deviation * NOISE).add_(mean)
-        else:
-            if codebook_VZ is not None:
-                weight[: len(codebook_VZ)] = _project(codebook_VZ, weight.shape[1], generator)
-            weight.mul_(NOISE if name.startswith("visual_head") else NARROW_INPUT)
-    for language, visual in _layer_pairs(transformer):
-        if config.semvie.init == "copy":
-            wanted = language.state_dict()
-            for name, weight in visual.named_parameters():
-                weight.copy_(wanted[name])
-        else:
-            _start_random(visual, generator)
-    if config.semvie.head_norms:
-        _start_head_norms(transformer, generator)
-
-
-def _start_head_norms(transformer: MarsTransformer, generator: torch.Generator) -> None:
-    """Keys and values of images start as large as those of text, measured on random ids after each row's first (which
-    LLMs use as a sink); queries so that scores, whose deviation is the product of both, start at 1."""
-    ids = torch.randint(transformer.config.language.vocab_size, (8, 32), generator=generator)
-    cache = transformer.new_cache()
-    transformer(Segment(modality=Modality.TEXT, ids=ids), cache)
-    for layer in transformer.layers:
-        assert isinstance(layer, SemVIELayer)
-        keys, values = cache.keys[layer.index], cache.values[layer.index]
-        if layer.visual is not None and keys is not None and values is not None:
-            key_size, value_size = (float(found[:, :, 1:].square().mean().sqrt()) for found in (keys, values))
-            layer.visual.q_norm.weight.fill_(1 / key_size)
-            layer.visual.k_norm.weight.fill_(key_size)
-            layer.visual.v_norm.weight.fill_(value_size)
-
-
-def _project(codebook_VZ: Tensor, width: int, generator: torch.Generator) -> Tensor:
-    """Codebook vectors of unit variance, turned at random into (V, width) of unit variance."""
-    normal_VZ = (codebook_VZ - codebook_VZ.mean(dim=0)) / codebook_VZ.std()
-    turn_ZD = torch.randn(codebook_VZ.shape[1], width, generator=generator) * codebook_VZ.shape[1] ** -0.5
-    return cast(Tensor, normal_VZ @ turn_ZD)
-
-
-def _layer_pairs(transformer: MarsTransformer) -> Iterator[tuple[Expert, Expert]]:
-    for layer in transformer.layers:
-        assert isinstance(layer, SemVIELayer)
-        if layer.visual is not None:
-            yield layer.language, layer.visual
-
-
-def _start_random(expert: Expert, generator: torch.Generator) -> None:
-    for name, weight in expert.named_parameters():
-        if weight.dim() == 1:
-            weight.fill_(0.0 if name.endswith("bias") else 1.0)
-        elif name.startswith(("o_proj", "down_proj")):
-            weight.zero_()  # every layer starts as the identity
-        else:
-            weight.normal_(0, weight.shape[1] ** -0.5, generator=generator)

@@ -94,10 +94,12 @@ def draw_order(
         pipe.check_prompts(prompts)
     grid = find_grid(width, height, sizes=pipe.sizes, factor=pipe.model.image_tokenizer.config.factor)
     seeds = all_seeds(seed, prompts=len(prompts), n=n)
-    repeated = [text for text in prompts for _ in range(n)]
+    repeated, cell = [text for text in prompts for _ in range(n)], pipe.model.transformer.vocabulary.cell
     ids = {text: pipe.prompt_ids(text) for text in {*prompts, negative_prompt}}
     requests = [
-        DrawRequest(prompt=ids[text], free=ids[negative_prompt], grid=grid, seed=number, sampling=sampling)
+        DrawRequest(
+            prompt=ids[text], free=ids[negative_prompt], grid=grid, seed=number, sampling=sampling, side=cell, cell=cell
+        )
         for text, number in zip(repeated, seeds, strict=True)
     ]
     settings = {"negative_prompt": negative_prompt, **asdict(sampling)}
@@ -140,7 +142,7 @@ def upscale_order(
     requests = [
         DrawRequest(
             prompt=ids[text], free=ids[negative_prompt], grid=grid, seed=number, sampling=sampling, low=low,
-            side=how.side,
+            side=how.side, cell=pipe.model.transformer.vocabulary.cell,
         )
         for text, number, low in zip(prompts, seeds, codes, strict=True)
     ]  # fmt: skip

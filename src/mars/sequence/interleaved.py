@@ -127,5 +127,5 @@ def _image(parts: Sequence[ImagePart], vocabulary: Vocabulary, *, last: bool) ->
     assert drawn.targets is not None
     if last:
         return drawn
-    targets = torch.cat([drawn.targets, drawn.targets.new_full((len(codes_BRC), 1), IGNORE)], dim=1)
+    targets = torch.cat([drawn.targets, torch.full_like(drawn.targets[:, :1], IGNORE)], dim=1)
     return replace(read_image(codes_BRC, vocabulary), targets=targets)

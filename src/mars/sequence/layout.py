@@ -19,7 +19,11 @@ inside one. With side = 1 that is next-token prediction. Side 2, in order, of a 
      8  9 | 12 13
     10 11 | 14 15
 
-Letters: B batch, T positions, R rows, C columns, N = R * C codes, K codes of a block.
+A position may also hold a cell of codes (`Vocabulary.cell`, ours): a square of them is read as one position, and
+predicted at one, code by code in raster order (`model/cells.py`). Ids and targets are then (B, T, K), positions count
+cells, and blocks are of cells.
+
+Letters: B batch, T positions, R rows, C columns, N = R * C codes, K codes of a block, or of a cell.
 """
 
 from collections.abc import Sequence
@@ -50,13 +54,13 @@ class Segment:
 
     modality: Modality
     ids: Tensor
-    """(B, T) ids of the joint vocabulary."""
+    """(B, T) ids of the joint vocabulary; (B, T, K) where image positions hold cells."""
     mask: Tensor | None = None
     """(B, T) true where a position is real; null where all are."""
     targets: Tensor | None = None
-    """(B, T) the id that each position should predict, or IGNORE."""
+    """The id that each position should predict, or IGNORE, shaped as `ids`."""
     columns: int | Tensor = 0
-    """Image only: columns of the code grid; (B, 1) where rows differ."""
+    """Image only: columns of the grid of positions; (B, 1) where rows differ."""
     start: int | Tensor = 0
     """Image only: number of the first position, 0 being `<img>`; position p predicts code p in the order of drawing.
     (B, 1) where rows differ."""
@@ -67,11 +71,11 @@ class Segment:
 
     @property
     def block(self) -> int:
-        """K, the positions of one step."""
+        """The positions of one step."""
         return self.side * self.side
 
     def places(self) -> tuple[Tensor, Tensor]:
-        """Row and column of the code that each position of an image predicts: (T,), or (B, T) where rows differ."""
+        """Row and column of what each position of an image predicts: (T,), or (B, T) where rows differ."""
         numbers = self.start + torch.arange(self.ids.shape[1], device=self.ids.device)
         return _row_and_column(numbers, columns=self.columns, side=self.side)
 
@@ -93,16 +97,23 @@ def _row_and_column(numbers: Tensor, *, columns: int | Tensor, side: int) -> tup
     return rows, blocks % blocks_across * side + inside % side
 
 
-def drawing_order(rows: int, columns: int, *, side: int) -> Tensor:
+def drawing_order(rows: int, columns: int, *, side: int, cell: int = 1) -> Tensor:
     """Raster places (N,) of the codes of a grid in the order in which blocks of side x side draw them.
 
+    Args:
+        cell: codes on each side of a cell, whose codes follow each other; a divisor of `side`.
+
     Raises:
-        ConfigError: if blocks do not fill the grid.
+        ConfigError: if blocks do not fill the grid, or cells a block.
     """
+    if side % cell:
+        raise ConfigError(f"blocks must be of whole cells of {cell}x{cell} codes, got {side}x{side}; use another block")
     if side < 1 or rows % side or columns % side:
         raise ConfigError(f"blocks of {side}x{side} codes must fill the grid, got {rows}x{columns}; use another block")
-    row, column = _row_and_column(torch.arange(rows * columns), columns=columns, side=side)
-    return row * columns + column
+    row, column = _row_and_column(torch.arange(rows * columns // cell**2), columns=columns // cell, side=side // cell)
+    inside_row, inside_column = _row_and_column(torch.arange(cell * cell), columns=cell, side=1)
+    rows_N, columns_N = row[:, None] * cell + inside_row, column[:, None] * cell + inside_column
+    return (rows_N * columns + columns_N).flatten()
 
 
 def refined_codes(low_BRC: Tensor, *, grid: tuple[int, int]) -> Tensor:
@@ -136,53 +147,70 @@ def text_segment(rows: Sequence[Sequence[int]]) -> Segment:
     return Segment(modality=Modality.TEXT, ids=ids, mask=mask)
 
 
+def _ids(codes_BRC: Tensor, vocabulary: Vocabulary, *, side: int | None = None) -> Tensor:
+    """Ids of a grid's positions in the order in which blocks of side x side codes draw them: (B, T), or (B, T, K)."""
+    cell = vocabulary.cell
+    order = drawing_order(*codes_BRC.shape[1:], side=side or cell, cell=cell).to(codes_BRC.device)
+    ids = codes_BRC.flatten(1)[:, order] + vocabulary.first_code
+    return ids if cell == 1 else ids.unflatten(1, (-1, vocabulary.slots))
+
+
 def drawn_image(codes_BRC: Tensor, vocabulary: Vocabulary) -> Segment:
-    """An image to be drawn: `<img>` and all codes but the last, each predicting the next code. T = N."""
-    ids = codes_BRC.flatten(1) + vocabulary.first_code
-    start = ids.new_full((len(ids), 1), vocabulary.image_start)
+    """An image to be drawn: `<img>` and all positions but the last, each predicting the next. T is their number.
+
+    Raises:
+        ConfigError: if cells do not fill the grid.
+    """
+    ids = _ids(codes_BRC, vocabulary)
+    start = torch.full_like(ids[:, :1], vocabulary.image_start)
     return Segment(
         modality=Modality.IMAGE,
         ids=torch.cat([start, ids[:, :-1]], dim=1),
         targets=ids,
-        columns=codes_BRC.shape[2],
+        columns=codes_BRC.shape[2] // vocabulary.cell,
     )
 
 
 def upscaled_image(low_BRC: Tensor, high_BRC: Tensor, vocabulary: Vocabulary, *, side: int) -> Segment:
-    """An image to be drawn in blocks of side x side codes, after the smaller one that it refines was read. T = N.
+    """An image to be drawn in blocks of side x side codes, after the smaller one that it refines was read.
 
     Raises:
-        ConfigError: if blocks do not fill the grid, or it is not a whole number of times the low one.
+        ConfigError: if blocks do not fill the grid, it is not a whole number of times the low one, or a cell refines
+            more than one code.
     """
     rows, columns = high_BRC.shape[1:]
-    order = drawing_order(rows, columns, side=side).to(high_BRC.device)
-    low = refined_codes(low_BRC, grid=(rows, columns)).flatten(1)[:, order] + vocabulary.first_code
-    ids = high_BRC.flatten(1)[:, order] + vocabulary.first_code
-    start = ids.new_full((len(ids), side * side), vocabulary.image_start)
+    cell, block = vocabulary.cell, (side // vocabulary.cell) ** 2
+    if (factor := rows // low_BRC.shape[1]) % cell:
+        raise ConfigError(f"cells of {cell}x{cell} codes must refine one code each, got a scale of {factor}")
+    ids = _ids(high_BRC, vocabulary, side=side)
+    low = _ids(refined_codes(low_BRC, grid=(rows, columns)), vocabulary, side=side)
+    start = torch.full_like(ids[:, :block], vocabulary.image_start)
     return Segment(
         modality=Modality.IMAGE,
-        ids=torch.cat([start, ids[:, : -side * side]], dim=1),
+        ids=torch.cat([start, ids[:, :-block]], dim=1),
         targets=ids,
-        columns=columns,
-        side=side,
-        low=low,
+        columns=columns // cell,
+        side=side // cell,
+        low=low if cell == 1 else low[..., 0],
     )
 
 
 def read_image(codes_BRC: Tensor, vocabulary: Vocabulary) -> Segment:
-    """An image that is only read: `<img>` and all codes. T = N + 1."""
+    """An image that is only read: `<img>` and all its positions."""
     return _read(codes_BRC, vocabulary, start=vocabulary.image_start)
 
 
 def low_image(codes_BRC: Tensor, vocabulary: Vocabulary) -> Segment:
-    """A low-resolution image that is read before a larger one is drawn: `<low>` and all codes. T = N + 1."""
+    """A low-resolution image that is read before a larger one is drawn: `<low>` and all its positions."""
     return _read(codes_BRC, vocabulary, start=vocabulary.low_start)
 
 
 def _read(codes_BRC: Tensor, vocabulary: Vocabulary, *, start: int) -> Segment:
-    ids = codes_BRC.flatten(1) + vocabulary.first_code
-    begin = ids.new_full((len(ids), 1), start)
-    return Segment(modality=Modality.IMAGE, ids=torch.cat([begin, ids], dim=1), columns=codes_BRC.shape[2])
+    ids = _ids(codes_BRC, vocabulary)
+    begin = torch.full_like(ids[:, :1], start)
+    return Segment(
+        modality=Modality.IMAGE, ids=torch.cat([begin, ids], dim=1), columns=codes_BRC.shape[2] // vocabulary.cell
+    )
 
 
 def written_text(

@@ -34,12 +34,19 @@ class Vocabulary:
 
     text_size: int
     num_codes: int
+    cell: int = 1
+    """Codes on each side of the square that one image position holds (ours); 1 is a code per position."""
 
     def __post_init__(self) -> None:
         if self.text_size < 1 or self.num_codes < 1:
             raise ConfigError(
                 f"a vocabulary needs text and codes, got {self.text_size} text ids and {self.num_codes} codes"
             )
+
+    @property
+    def slots(self) -> int:
+        """K, the codes of one image position."""
+        return self.cell * self.cell
 
     @property
     def size(self) -> int:

@@ -45,7 +45,8 @@ def interleaved_states(transformer: MarsTransformer, segments: Sequence[Segment]
         for kind, chosen in (("image" if image else "text", rest), ("begin", begins)):
             if bool(chosen.any()):
                 first = transformer.vocabulary.first_code if kind == "image" else 0
-                found[kind].append(Predictions(hidden_BTD[chosen], segment.targets[chosen] - first))
+                states = transformer.code_states(hidden_BTD, segment.targets) if kind == "image" else hidden_BTD
+                found[kind].append(Predictions(states[chosen], segment.targets[chosen] - first))
     return {kind: Predictions(*map(torch.cat, zip(*parts, strict=True))) for kind, parts in found.items() if parts}
 
 

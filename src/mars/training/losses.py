@@ -20,13 +20,13 @@ from mars.training.cross_entropy import token_loss
 def text_to_image_states(
     transformer: MarsTransformer, codes_BRC: Tensor, prefixes: Sequence[Prefix]
 ) -> tuple[Tensor, Tensor]:
-    """States (N, D) at image positions after their captions, and the codes (N,) that each should predict."""
+    """States (N, D) that predict codes after their captions, and the codes (N,) that each should predict."""
     cache: Cache = transformer.new_cache()
     cache.load(prefixes)
     segment = drawn_image(codes_BRC, transformer.vocabulary)
     assert segment.targets is not None
-    targets_BT = segment.targets - transformer.vocabulary.first_code
-    return transformer(segment, cache).flatten(0, 1), targets_BT.flatten()
+    states = transformer.code_states(transformer(segment, cache), segment.targets)
+    return states.flatten(0, -2), (segment.targets - transformer.vocabulary.first_code).flatten()
 
 
 def text_to_image_loss(transformer: MarsTransformer, codes_BRC: Tensor, prefixes: Sequence[Prefix]) -> Tensor:

@@ -25,7 +25,8 @@ from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.image_tokenizer.model import ImageTokenizer
 from mars.model.base_llm import BaseLLM, lasting_source, open_base_llm
 from mars.model.config import ModelConfig, SemVIEConfig
-from mars.model.transformer import MarsTransformer, build_transformer, start_visual
+from mars.model.starting import start_visual
+from mars.model.transformer import MarsTransformer, build_transformer
 from mars.sequence.layout import drawing_order
 from mars.sequence.text import TextTokenizer
 from mars.training.stages import DOCUMENT_TASKS, LANGUAGE, ModelSource, StageConfig
@@ -70,12 +71,14 @@ def open_stage(config: StageConfig, *, notify: Callable[[str], None] | None = No
     if source.start_from is not None:
         check_model(source.start_from, shapes=shapes, llm=(language, llm.digest), codec=image_tokenizer.config)
     grids, refines = _drawn_grids(documents) if loader is None else loader.grids, "upscale" in config.mix
+    cell = shapes.semvie.cell
     for grid in grids:
         check_grid(grid, shapes.semvie)
+        drawing_order(*grid, side=cell, cell=cell)  # cells must fill it
     if refines:
         shapes = replace(shapes, semvie=replace(shapes.semvie, low_input=True))
         for rows, columns in grids:
-            drawing_order(rows, columns, side=config.upscale.side)  # blocks must fill it
+            drawing_order(rows, columns, side=config.upscale.side, cell=cell)  # blocks must fill it
         grids = tuple((rows // config.upscale.scale, columns // config.upscale.scale) for rows, columns in grids)
     transformer = build_transformer(shapes, llm.tensors)
     start_visual(
@@ -194,8 +197,8 @@ def _contents(name: str, files: Sequence[Path], *, what: str) -> dict[str, str]:
 
 def check_grid(grid: tuple[int, int], semvie: SemVIEConfig) -> None:
     """Raises ConfigError for a grid of codes that is larger than what the model's grid embedding knows."""
-    if semvie.grid_embedding and max(grid) > semvie.max_grid:
+    if semvie.grid_embedding and max(grid) > semvie.max_grid * semvie.cell:
         raise ConfigError(
-            f"model.semvie.max_grid must be at least {max(grid)} for codes of {grid[0]}x{grid[1]}, "
+            f"model.semvie.max_grid must be at least {-(-max(grid) // semvie.cell)} for codes of {grid[0]}x{grid[1]}, "
             f"got {semvie.max_grid}"
         )

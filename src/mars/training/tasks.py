@@ -54,11 +54,13 @@ class Refining(Drawing):
 
     low: Tensor
     """(R / scale, C / scale)."""
+    slots: int
+    """Codes of a position."""
 
     @property
     def read(self) -> int:
         """`<low>` and the smaller picture."""
-        return self.low.numel() + 1
+        return self.low.numel() // self.slots + 1
 
 
 class TextToImage(Task[Drawing]):
@@ -164,7 +166,8 @@ class Upscale(TextToImage):
     def _example(self, sample: Sample, text: str, *, rows: int | None = None) -> Refining:
         assert sample.low is not None
         assert rows is None
-        return Refining(codes=sample.codes, low=sample.low, prompt=self._prompt(text))
+        slots = self.context.transformer.vocabulary.slots
+        return Refining(codes=sample.codes, low=sample.low, prompt=self._prompt(text), slots=slots)
 
     def _states(self, batch: Sequence[Drawing], prefixes: Sequence[Prefix]) -> tuple[Tensor, Tensor]:
         context = self.context

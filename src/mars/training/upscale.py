@@ -16,8 +16,8 @@ from mars.training.cross_entropy import token_loss
 def upscale_states(
     transformer: MarsTransformer, low_BRC: Tensor, high_BRC: Tensor, prefixes: Sequence[Prefix], *, side: int
 ) -> tuple[Tensor, Tensor]:
-    """States (N, D) at the positions that draw the high grid, after captions and low grids, and the codes (N,) that
-    each should predict.
+    """States (N, D) that predict the codes of the high grid, after captions and low grids, and the codes (N,) that each
+    should predict.
 
     Args:
         side: codes on each side of a block; K = side * side codes are predicted together.
@@ -30,8 +30,8 @@ def upscale_states(
     transformer(low_image(low_BRC, transformer.vocabulary), cache)
     segment = upscaled_image(low_BRC, high_BRC, transformer.vocabulary, side=side)
     assert segment.targets is not None
-    targets_BT = segment.targets - transformer.vocabulary.first_code
-    return transformer(segment, cache).flatten(0, 1), targets_BT.flatten()
+    states = transformer.code_states(transformer(segment, cache), segment.targets)
+    return states.flatten(0, -2), (segment.targets - transformer.vocabulary.first_code).flatten()
 
 
 def upscale_loss(
