@@ -61,7 +61,8 @@ docs: .venv/.dev ## build the docs site into out/site
 data: .venv/.dev ## build the captioned emoji and scenes (needs npm)
 	@command -v npm >/dev/null || { echo 'npm must be installed: the emoji artwork comes in npm packages' >&2; exit 1; }
 	$(BIN)/mars data emoji
-	$(BIN)/mars data scenes
+	$(BIN)/mars data emoji --style noto --out data/noto.tar
+	$(BIN)/mars data scenes --count 2500
 
 train-tokenizer: .venv/.dev ## train the image tokenizer (TOKENIZER_CONFIG=...)
 	$(BIN)/mars train $(TOKENIZER_CONFIG)

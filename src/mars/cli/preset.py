@@ -139,7 +139,7 @@ def _flops(preset: Preset, count: FlopCount) -> dict[str, int]:
     encode, decode = image_tokenizer_flops(preset.image_tokenizer, grid=preset.grid)
     large = (2 * preset.grid[0], 2 * preset.grid[1])
     first, second, third = paper_stages(preset.grid)
-    low = codes + 1
+    low = codes // count.slots + 1
     draw = {guided: count.draw(prompt=PROMPT, codes=codes, guided=guided) for guided in (False, True)}
     upscale = count.draw(prompt=PROMPT, codes=prod(large), guided=True, low=low)
     return {

@@ -28,12 +28,12 @@ class PromptSet:
 
 
 SETS = {
-    "trained names": PromptSet(split="train", kind="style", share=1),
-    "held-out pictures": PromptSet(split="picture", kind="style", share=0.5),
-    "held-out concepts": PromptSet(split="concept", kind="style", share=0.5),
+    "trained names": PromptSet(split="train", kind="name", share=1),
+    "held-out pictures": PromptSet(split="picture", kind="name", share=0.5),
+    "held-out concepts": PromptSet(split="concept", kind="name", share=0.5),
     "paraphrases": PromptSet(split="train", kind="paraphrase", share=0.5),
     "other wordings": PromptSet(
-        split="train", kind="style", share=0.5, wording={"en": "please draw {} for me", "zh": "请给我画一个{}"}
+        split="train", kind="name", share=0.5, wording={"en": "please draw {} for me", "zh": "请给我画一个{}"}
     ),
 }
 """Trained names stand first: the contact sheets show them."""

@@ -126,6 +126,10 @@ def bytes_per_step(transformer: MarsTransformer) -> int:
             if not hasattr(layer.visual, "o_proj"):
                 linears.append(layer.output_of(layer.expert(Modality.IMAGE)))
     size = 0
+    if transformer.vocabulary.slots > 1:  # in fp32 where the others are copied in fewer bits; read once for all slots
+        cells = [part for part in transformer.visual_cells.modules() if isinstance(part, nn.Linear)]
+        size += sum(linear.weight.numel() * linear.weight.element_size() for linear in cells)
+        linears += [part for part in transformer.visual_cells.modules() if isinstance(part, QuantizedLinear)]
     for linear in linears:
         if isinstance(linear, QuantizedLinear):
             size += linear.num_bytes

@@ -16,18 +16,19 @@ from mars.model.config import LanguageConfig, ModelConfig, SemVIEConfig
 PAPER_IMAGE_TOKENIZER = ImageTokenizerConfig(pixel_range=(0.0, 1.0))
 """openMUSE's f16 / 8,192 VQ-GAN: very likely the paper's, whose README thanks open-muse; it names none itself."""
 MINI_IMAGE_TOKENIZER = ImageTokenizerConfig(
-    code_width=16, channels=(96, 160, 192), blocks_per_level=1, patch=4, middle_attention=True
+    num_codes=1024, code_width=12, channels=(96, 192), blocks_per_level=1, patch=4, norm="place"
 )
 """That of mars-mini."""
 MINI_SEMVIE = SemVIEConfig(
     share_norms=False,
-    visual_width=448,
-    visual_ffn=1216,
+    visual_width=384,
+    visual_ffn=1152,
     visual_layers=(4, 9, 14, 19, 24, 29),
     init="random",
     head_norms=True,
     grid_embedding=True,
     max_grid=16,
+    cell=2,
 )
 """That of mars-mini, as in configs/mini-pretrain.toml."""
 
@@ -122,9 +123,9 @@ PRESETS: dict[str, Preset] = {
             model=ModelConfig(
                 language=_llama(49_152, 576, 30, (9, 3), 1536, theta=1e5, positions=8192, tied=True),
                 semvie=MINI_SEMVIE,
+                num_codes=MINI_IMAGE_TOKENIZER.num_codes,
             ),
             image_tokenizer=MINI_IMAGE_TOKENIZER,
-            grid=(8, 8),
             note="ours: mars-mini",
         ),
         *(Preset(name=name, model=ModelConfig(language=language)) for name, language in _LANGUAGE.items()),

@@ -129,7 +129,7 @@ class Planner:
     def sample_flops(self, stage: Stage) -> int:
         """Of one pair in one epoch."""
         codes = prod(stage.grids[-1])
-        low = sum(prod(grid) + 1 for grid in stage.grids[:-1])
+        low = sum(prod(grid) // self.count.slots + 1 for grid in stage.grids[:-1])
         flops = self.count.train_text_to_image(caption=stage.caption, codes=codes, low=low)
         return flops + (self.count.train_captioning(caption=stage.caption, codes=codes) if stage.captioning else 0)
 
