@@ -11,7 +11,7 @@ from mars.checkpoint import (
     load_image_tokenizer,
     save_model,
 )
-from mars.errors import CheckpointError, ConfigError, ModelError, RequestError
+from mars.errors import CheckpointError, ModelError, RequestError
 from mars.files import atomic_folder, place_for
 from mars.hub import hub_folder, is_hub_id
 from mars.image_tokenizer.convert import PARTS, convert_image_tokenizer, find_weights
@@ -96,12 +96,12 @@ def _check(llm: BaseLLM, config: ModelConfig, *, side: int, include_language: bo
     TextTokenizer(llm.tokenizer, config=llm.tokenizer_config)
     if include_language:
         hub_fields(llm.config)
-    if side**2 >= llm.config.max_positions:
+    across = side // config.semvie.cell
+    if across**2 >= llm.config.max_positions:
         raise RequestError(
-            f"the size must have fewer codes than the LLM's {llm.config.max_positions} positions, got {side}x{side}"
+            f"the size must take fewer than the LLM's {llm.config.max_positions} positions, got {across}x{across}"
         )
-    if config.semvie.grid_embedding and side > config.semvie.max_grid:
-        raise ConfigError(f"semvie.max_grid must be at least {side} for {side}x{side} codes")
+    config.semvie.check_grid(side, side)
     with torch.device("meta"):
         weights = MarsTransformer(config).visual_tensors().values()
     check_memory(

@@ -208,9 +208,20 @@ def test_what_cannot_be_is_one_line(transformer: MarsTransformer) -> None:
     for wrong, said in (
         ({"side": 1, "cell": 1}, "cell must be the model's, 2, got 1"),
         ({"window": 4}, "window must be 1"),
+        ({"low": codes_of(1, grid=(4, 4))[0], "grid": (12, 12)}, "refine one code each, got 4x4 codes for 12x12"),
+        ({"low": codes_of(1, grid=(3, 3))[0], "grid": (6, 6)}, "fill what is refined"),
     ):
         with pytest.raises(RequestError, match=said):
             draw(transformer, [ask(PROMPTS[0], **wrong)])
+    request = WriteRequest(
+        parts=[TextPart(ids=(1, 40))], end=(), grid=GRID, free=(1,), max_tokens=2, drawing=Sampling(window=2)
+    )
+    with pytest.raises(RequestError, match="window must be 1 where a step draws several codes, got 2"):
+        next(write(transformer, request))
+    with pytest.raises(ConfigError, match="cells of 2x2 codes must fill the grid, got 3x4"):
+        transformer.config.semvie.check_grid(3, 4)
+    with pytest.raises(ConfigError, match="max_grid must be at least 5 for codes of 4x10, got 4"):
+        transformer.config.semvie.check_grid(4, 10)
     with pytest.raises(ConfigError, match="whole cells of 2x2 codes, got 3x3"):
         draw(transformer, [ask(PROMPTS[0], side=3)])
 

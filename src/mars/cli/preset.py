@@ -109,7 +109,7 @@ def _option(config: ModelConfig) -> dict[str, int]:
         "layers": len(config.visual_layers),
         "parameters": parts["visual layers"] + parts["visual tables"],
         "with the LLM": sum(parts.values()),
-        "FLOPs per code": count.image_linear + count.image_head,
+        "FLOPs per code": count.image_linear // count.slots + count.cell + count.image_head,
     }
 
 

@@ -112,8 +112,8 @@ def _first_preview(pipe: "MarsPipeline", sampling: Sampling, *, seed: int) -> fl
     drawings = Drawings(pipe)
     rows = pipe.model.info.grids[0][0]
     drawings.submit(draw_order(pipe, PROMPTS[0], seed=seed, sampling=sampling), previews=rows - 1)
-    while not any(isinstance(news, Preview) for news in drawings.step()):
-        continue
+    while drawings.busy and not any(isinstance(news, Preview) for news in drawings.step()):
+        continue  # a picture of one row has none
     return time.perf_counter() - started
 
 
@@ -125,11 +125,11 @@ def bytes_per_step(transformer: MarsTransformer) -> int:
             linears += [part for part in layer.visual.modules() if isinstance(part, nn.Linear | QuantizedLinear)]
             if not hasattr(layer.visual, "o_proj"):
                 linears.append(layer.output_of(layer.expert(Modality.IMAGE)))
+    if transformer.vocabulary.slots > 1:  # read again for each slot, but then from the processor's own memory
+        linears += [
+            part for part in transformer.visual_cells.modules() if isinstance(part, nn.Linear | QuantizedLinear)
+        ]
     size = 0
-    if transformer.vocabulary.slots > 1:  # in fp32 where the others are copied in fewer bits; read once for all slots
-        cells = [part for part in transformer.visual_cells.modules() if isinstance(part, nn.Linear)]
-        size += sum(linear.weight.numel() * linear.weight.element_size() for linear in cells)
-        linears += [part for part in transformer.visual_cells.modules() if isinstance(part, QuantizedLinear)]
     for linear in linears:
         if isinstance(linear, QuantizedLinear):
             size += linear.num_bytes

@@ -87,6 +87,8 @@ def write(transformer: MarsTransformer, request: WriteRequest) -> Iterator[Wrote
             f"what is given and what may follow must fit into {limit} positions, got {given} and {room}; ask for fewer "
             "tokens or images"
         )
+    if slots > 1 and request.drawing.window > 1:
+        raise RequestError(f"window must be 1 where a step draws several codes, got {request.drawing.window}")
     if not request.parts or isinstance(request.parts[0], ImagePart):
         raise RequestError("there must be a text to begin with, got none; say something")
     return _Writer(transformer, request, size=given + room).run()

@@ -104,6 +104,8 @@ class DrawRequest:
             )
         self.order()
         self.refined()
+        if self.low is not None:
+            self._check_cells(self.low)
         if self.low is not None and not transformer.config.semvie.low_input:
             raise RequestError(
                 "the model must have been trained to upscale (semvie.low_input), and was not; open another"
@@ -124,4 +126,13 @@ class DrawRequest:
         if self.length > limit:
             raise RequestError(
                 f"prompt and image must fit into {limit} positions, got {self.length}; shorten the prompt"
+            )
+
+    def _check_cells(self, low: Tensor) -> None:
+        """Raises RequestError unless cells fill what is refined, and refine one code each."""
+        rows, columns = low.shape
+        if rows % self.cell or columns % self.cell or self.grid[0] // rows % self.cell:
+            raise RequestError(
+                f"cells of {self.cell}x{self.cell} codes must fill what is refined, and refine one code each, got "
+                f"{rows}x{columns} codes for {self.grid[0]}x{self.grid[1]}"
             )

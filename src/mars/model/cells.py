@@ -11,7 +11,7 @@ Yu et al. 2023, arXiv 2305.07185, split the work in a similar way.)
 Letters: B batch, T positions, K codes of a cell, D width of the visual expert, E width of the cell, V codes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,16 @@ FFN = 2
 """Times the cell's width."""
 
 
+Product = Callable[[str, nn.Module, Tensor], Tensor]
+"""What a layer makes of an x; its name tells it from others."""
+
+
+def plain(name: str, linear: nn.Module, x: Tensor) -> Tensor:  # noqa: ARG001
+    """As the layer itself."""
+    product: Tensor = linear(x)
+    return product
+
+
 class CellBlock(nn.Module):
     """A residual SwiGLU layer, the same for all slots."""
 
@@ -34,11 +44,11 @@ class CellBlock(nn.Module):
         self.up_proj = Linear(width, FFN * width, bias=False)
         self.down_proj = Linear(FFN * width, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, product: Product = plain, name: str = "") -> Tensor:
         """(..., E), the same out."""
         normal = self.norm(x)
-        out: Tensor = x + self.down_proj(F.silu(self.gate_proj(normal)) * self.up_proj(normal))
-        return out
+        gate, up = (product(f"{name}.{one}", getattr(self, one), normal) for one in ("gate_proj", "up_proj"))
+        return x + product(f"{name}.down_proj", self.down_proj, F.silu(gate) * up)
 
 
 class CellHead(nn.Module):
@@ -59,16 +69,18 @@ class CellHead(nn.Module):
         heard = self._embed(codes_BTK[..., :-1]).cumsum(dim=2)
         return self._finish(x_BTKE + F.pad(heard, (0, 0, 1, 0)))
 
-    def next_state(self, hidden_BTD: Tensor, chosen: Sequence[Tensor]) -> Tensor:
+    def next_state(self, hidden_BTD: Tensor, chosen: Sequence[Tensor], product: Product = plain) -> Tensor:
         """The state (B, T, E) of the first slot that has no code yet.
 
         Args:
             chosen: the codes (B, T) of the slots before it.
+            product: multiplies by the weights of a layer.
         """
-        x_BTE: Tensor = self.contexts[len(chosen)](hidden_BTD)
+        slot = len(chosen)
+        x_BTE = product(f"visual_cells.contexts.{slot}", self.contexts[slot], hidden_BTD)
         if chosen:
             x_BTE = x_BTE + self._embed(torch.stack(list(chosen), dim=-1)).sum(dim=2).to(x_BTE.dtype)
-        return self._finish(x_BTE)
+        return self._finish(x_BTE, product)
 
     def _embed(self, codes: Tensor) -> Tensor:
         """Codes of the first slots (..., j) to (..., j, E)."""
@@ -76,9 +88,9 @@ class CellHead(nn.Module):
         found: Tensor = self.codes(codes + first)
         return found
 
-    def _finish(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
+    def _finish(self, x: Tensor, product: Product = plain) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            x = block(x, product, f"visual_cells.blocks.{number}")
         out: Tensor = self.norm(x)
         return out
 

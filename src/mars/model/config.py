@@ -155,6 +155,16 @@ class SemVIEConfig:
         if self.visual_layers is not None and not self.visual_layers:
             raise ConfigError("semvie.visual_layers must name at least one layer, got none; leave it out for all")
 
+    def check_grid(self, rows: int, columns: int) -> None:
+        """Raises ConfigError for a grid of codes that cells do not fill, or that the grid embedding does not know."""
+        if rows % self.cell or columns % self.cell:
+            raise ConfigError(f"cells of {self.cell}x{self.cell} codes must fill the grid, got {rows}x{columns}")
+        if self.grid_embedding and max(rows, columns) > self.max_grid * self.cell:
+            raise ConfigError(
+                f"semvie.max_grid must be at least {-(-max(rows, columns) // self.cell)} for codes of "
+                f"{rows}x{columns}, got {self.max_grid}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:

@@ -93,23 +93,28 @@ and the image tokenizer are counted at 16 bits beside them."""
 def weight_bytes(transformer: MarsTransformer, image_tokenizer: ImageTokenizer, storage: Storage) -> dict[str, int]:
     """Bytes of the weights of each part, the image tokenizer's too, and two sums of them.
 
-    `read per code` is what memory must deliver for one code, the cache and one row of the embedding apart: the visual
-    layers, the head for codes, and what the language expert shares with them. `kept after the prompt` is what is left
-    when the language expert is dropped once the prompt is read.
+    `read per code` is what memory must deliver for one code, the cache and rows of tables apart: the visual layers
+    (which all codes of a position share), the head for codes, and what the language expert shares with them. `kept
+    after the prompt` is what is left when the language expert is dropped once the prompt is read.
     """
     names = ("language layers", "language tables", "visual layers", "visual tables", "image tokenizer")
     sizes = dict.fromkeys((*names, "kept after the prompt", "read per code"), 0)
-    read = _read_per_code(transformer)
+    read, slots = _read_per_code(transformer), transformer.vocabulary.slots
     for name, weight in transformer.named_parameters():
-        size = storage.size(weight, matrix=weight.dim() == 2 and ("layers." in name or "_head." in name))
+        size = storage.size(weight, matrix=weight.dim() == 2 and _is_product(name))
         sizes[part_of(name)] += size
-        sizes["read per code"] += size if name in read else 0
+        sizes["read per code"] += size // (slots if "layers." in name else 1) if name in read else 0
         sizes["kept after the prompt"] += size if name in read or not is_language(name) else 0
     for weight in image_tokenizer.parameters():
         size = storage.size(weight, matrix=False)
         sizes["image tokenizer"] += size
         sizes["kept after the prompt"] += size
     return sizes
+
+
+def _is_product(name: str) -> bool:
+    """Whether a matrix is multiplied with; others are tables, of which rows are looked up."""
+    return any(part in name for part in ("layers.", "_head.", "visual_cells.contexts.", "visual_cells.blocks."))
 
 
 def _read_per_code(transformer: MarsTransformer) -> set[str]:
@@ -123,7 +128,9 @@ def _read_per_code(transformer: MarsTransformer) -> set[str]:
     return {
         name
         for name, _ in transformer.named_parameters()
-        if ".visual." in name or name.startswith(("visual_head.", "visual_cells.", last, *borrowed))
+        if ".visual." in name
+        or name.startswith(("visual_head.", last, *borrowed))
+        or (name.startswith("visual_cells.") and _is_product(name))
     }
 
 

@@ -49,7 +49,7 @@ def start_visual(
 def _start_tables(transformer: MarsTransformer, *, generator: torch.Generator, codebook_VZ: Tensor | None) -> None:
     """Tables, and norms that belong to no expert."""
     config, text = transformer.config, transformer.language_embedding.weight
-    mean, deviation = text.mean(dim=0), float(text.std())
+    mean, deviation, rows = text.mean(dim=0), float(text.std()), transformer.vocabulary.visual_rows
     for name, weight in transformer.visual_tensors().items():
         if ".visual." in name or name.startswith("visual_cells."):
             continue
@@ -62,10 +62,11 @@ def _start_tables(transformer: MarsTransformer, *, generator: torch.Generator, c
         weight.normal_(0, 1, generator=generator)
         if name.startswith("visual_grid"):
             weight.mul_(0 if config.semvie.init == "copy" else NARROW_INPUT)
-        elif weight.shape[1] == len(mean):
-            weight.mul_(deviation * NOISE).add_(mean)
+            continue
+        slots = max(1, len(weight) // rows)
+        if weight.shape[1] == len(mean) and not (config.semvie.cell > 1 and name.startswith("visual_head")):
+            weight.mul_(deviation * NOISE).add_(mean / slots)
         else:
-            rows, slots = transformer.vocabulary.visual_rows, len(weight) // transformer.vocabulary.visual_rows
             for first in range(0, len(weight), rows) if codebook_VZ is not None else ():
                 weight[first : first + len(codebook_VZ)] = _project(codebook_VZ, weight.shape[1], generator)
             weight.mul_(NOISE if name.startswith("visual_head") else NARROW_INPUT * slots**-0.5)

@@ -231,14 +231,21 @@ class MarsTransformer(nn.Module):
 
     def next_state(self, hidden_BTD: Tensor, chosen: Sequence[Tensor]) -> Tensor:
         """The state (B, T, D or E) that predicts the next code of each position, after `chosen` codes (B, T) of it."""
-        return hidden_BTD if self.vocabulary.slots == 1 else self.visual_cells.next_state(hidden_BTD, chosen)
+        if self.vocabulary.slots == 1:
+            return hidden_BTD
+        return cast(Tensor, self.visual_cells.next_state(hidden_BTD, chosen, self._product))
 
     def visual_logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits of the visual rows after `code_states` or `next_state`: codes first, then special and dead ids."""
-        if self.halves is not None and hidden_BTD.device.type == "cpu" and not torch.is_grad_enabled():
-            copy = self.halves.of("visual_head", self.visual_head)
-            return copy.multiply(hidden_BTD)[..., : self.vocabulary.visual_rows]
-        return cast(Tensor, self.visual_head(hidden_BTD))
+        return self._product("visual_head", self.visual_head, hidden_BTD)
+
+    def _product(self, name: str, linear: nn.Module, x: Tensor) -> Tensor:
+        """What a layer behind the stack makes of an x: by its copy in 16 bits, where drawing has one."""
+        copied = self.halves is not None and x.device.type == "cpu" and not torch.is_grad_enabled()
+        if not (copied and isinstance(linear, nn.Linear)):
+            return cast(Tensor, linear(x))
+        assert self.halves is not None
+        return self.halves.of(name, linear).multiply(x)[..., : linear.out_features]
 
     def new_cache(self) -> Cache:
         """A cache that grows, for training."""

@@ -11,7 +11,6 @@ from mars.errors import DataError
 from mars.sequence.interleaved import ImagePart, Part, TextPart, count_targets, interleaved, shape_of
 from mars.sequence.layout import IGNORE
 from mars.training.interleaved import interleaved_losses
-from mars.training.setup import check_grid
 from mars.training.task import HELD_OUT, Task, TaskContext
 
 
@@ -42,7 +41,7 @@ class Interleaved(Task[Page]):
             where = ", ".join(map(str, config.data.documents))
             raise DataError(f"{where} hold no document of the split train for tasks.{self.name}")
         for grid in {part.codes.shape for one in mine for part in one.parts if isinstance(part, CodedImage)}:
-            check_grid((grid[0], grid[1]), context.transformer.config.semvie)
+            context.transformer.config.semvie.check_grid(*grid)
 
     def _is_mine(self, document: Document) -> bool:
         return not document.is_edit

@@ -71,15 +71,13 @@ def open_stage(config: StageConfig, *, notify: Callable[[str], None] | None = No
     if source.start_from is not None:
         check_model(source.start_from, shapes=shapes, llm=(language, llm.digest), codec=image_tokenizer.config)
     grids, refines = _drawn_grids(documents) if loader is None else loader.grids, "upscale" in config.mix
-    cell = shapes.semvie.cell
     for grid in grids:
-        check_grid(grid, shapes.semvie)
-        drawing_order(*grid, side=cell, cell=cell)  # cells must fill it
+        shapes.semvie.check_grid(*grid)
+    if "top_rows" in config.mix and config.top_rows % shapes.semvie.cell:
+        raise ConfigError(f"top_rows must be a multiple of semvie.cell, {shapes.semvie.cell}, got {config.top_rows}")
     if refines:
         shapes = replace(shapes, semvie=replace(shapes.semvie, low_input=True))
-        for rows, columns in grids:
-            drawing_order(rows, columns, side=config.upscale.side, cell=cell)  # blocks must fill it
-        grids = tuple((rows // config.upscale.scale, columns // config.upscale.scale) for rows, columns in grids)
+        grids = _low_grids(config, shapes.semvie, grids)
     transformer = build_transformer(shapes, llm.tensors)
     start_visual(
         transformer,
@@ -113,6 +111,19 @@ def open_stage(config: StageConfig, *, notify: Callable[[str], None] | None = No
             del wanted[LOW_PROJECTION]  # it starts at zero
         copy_tensors(found, into=wanted, where=str(path))
     return opened
+
+
+def _low_grids(
+    config: StageConfig, semvie: SemVIEConfig, grids: Sequence[tuple[int, int]]
+) -> tuple[tuple[int, int], ...]:
+    """The smaller grids of those that are drawn, if blocks and cells suit both."""
+    scale, cell = config.upscale.scale, semvie.cell
+    if scale % cell:
+        raise ConfigError(f"upscale.scale must be a multiple of semvie.cell, {cell}, got {scale}")
+    for rows, columns in grids:
+        drawing_order(rows, columns, side=config.upscale.side, cell=cell)  # blocks must fill it
+        semvie.check_grid(rows // scale, columns // scale)
+    return tuple((rows // scale, columns // scale) for rows, columns in grids)
 
 
 def check_model(folder: Path, *, shapes: ModelConfig, llm: tuple[str, str], codec: ImageTokenizerConfig) -> None:
@@ -193,12 +204,3 @@ def _drawn_grids(documents: Sequence[Document]) -> tuple[tuple[int, int], ...]:
 
 def _contents(name: str, files: Sequence[Path], *, what: str) -> dict[str, str]:
     return {name: f"{what}, {files_digest(files)[:19]}"} if files else {}
-
-
-def check_grid(grid: tuple[int, int], semvie: SemVIEConfig) -> None:
-    """Raises ConfigError for a grid of codes that is larger than what the model's grid embedding knows."""
-    if semvie.grid_embedding and max(grid) > semvie.max_grid * semvie.cell:
-        raise ConfigError(
-            f"model.semvie.max_grid must be at least {-(-max(grid) // semvie.cell)} for codes of {grid[0]}x{grid[1]}, "
-            f"got {semvie.max_grid}"
-        )
