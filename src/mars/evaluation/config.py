@@ -13,7 +13,7 @@ from mars.pipeline.orders import DEFAULT_SAMPLING
 class EmojiBench:
     """Retrieval of true pictures, captions, the image tokenizer's fidelity, diversity and memorisation."""
 
-    pictures: Path = Path("data/emoji.tar")
+    pictures: Path = Path("data/noto.tar")
     """A picture shard with captions in both languages."""
     prompts: int = 200
     """Per language in "trained names"; other sets have a share of it."""

@@ -55,11 +55,13 @@ def model_card(
     *,
     image_tokenizer: ImageTokenizerConfig,
     report: Mapping[str, Any] | None = None,
+    about: str | None = None,
 ) -> str:
     """The whole page, front matter first.
 
     Args:
         report: what `report.json` of `mars eval` holds.
+        about: what files cannot say, as Markdown: training data and their licences, what it is for.
 
     Raises:
         DataError: if the report is none of `mars eval`.
@@ -76,6 +78,8 @@ def model_card(
     ]
     if report is not None:
         parts.append(_evaluation(report, visual_digest=facts.visual_digest))
+    if about is not None:
+        parts.append(about.strip())
     parts.append(_limits(facts))
     return "\n\n".join(parts) + "\n"
 
@@ -126,6 +130,8 @@ def _description(config: ModelConfig, facts: CardFacts, *, image_tokenizer: Imag
     visual = counts["visual layers"] + counts["visual tables"]
     pictures = sum(weight.numel() for weight in meta_image_tokenizer(image_tokenizer).parameters())
     layers = f"{len(config.visual_layers)} of {config.language.num_layers} layers"
+    if (cell := config.semvie.cell) > 1:
+        layers += f", {cell}x{cell} codes a position"
     sizes = ", ".join(f"{columns * factor}x{rows * factor}" for rows, columns in facts.grids)
     rows = {
         "Language expert (frozen)": f"{_language_name(facts)}, "
@@ -170,7 +176,8 @@ def _evaluation(report: Mapping[str, Any], *, visual_digest: str) -> str:
         codec = report["image_tokenizer"]
         lines += [
             "",
-            f"Image tokenizer: {codec['psnr']:.2f} dB PSNR on {codec['held_out_pictures']} held-out pictures.",
+            f"Image tokenizer: {codec['psnr']:.2f} dB PSNR on {codec['held_out_pictures']} held-out pictures, "
+            f"{codec['usage']:.0%} of the codebook in use.",
         ]
         lines += ["", *(f"- {_line(note)}" for note in report["notes"])] if report["notes"] else []
     except (KeyError, TypeError, ValueError, AttributeError) as error:

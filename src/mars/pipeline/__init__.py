@@ -124,20 +124,20 @@ class MarsPipeline:
         self.prompts = Prompts(self.model.transformer)
         return self
 
-    def save_pretrained(self, folder: str | Path, *, report: Path | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, *, report: Path | None = None, about: str | None = None) -> None:
         """Writes the visual side in fp16, and a model card, into a folder that appears whole or not at all.
 
         The LLM is only named, or goes along if it lies in the folder that this model was opened from.
 
         Args:
             report: `report.json` of `mars eval`, for the card.
+            about: more of the card, as Markdown: the data that it was trained on, their licences, what it is for.
 
         Raises:
             CheckpointError: if it cannot be written, something else is there, or the weights in memory are rounded.
-            DataError: if the report is none.
-            ModelError: if the report is of other weights.
+            DataError, ModelError: if the report is none, or of other weights.
         """
-        save_with_card(self.model, Path(folder), report=report)
+        save_with_card(self.model, Path(folder), report=report, about=about)
 
     def push_to_hub(
         self, name: str, *, private: bool = False, revision: str | None = None, report: Path | None = None
