@@ -67,8 +67,9 @@ def _start_tables(transformer: MarsTransformer, *, generator: torch.Generator, c
         if weight.shape[1] == len(mean) and not (config.semvie.cell > 1 and name.startswith("visual_head")):
             weight.mul_(deviation * NOISE).add_(mean / slots)
         else:
-            for first in range(0, len(weight), rows) if codebook_VZ is not None else ():
-                weight[first : first + len(codebook_VZ)] = _project(codebook_VZ, weight.shape[1], generator)
+            if codebook_VZ is not None:
+                for first in range(0, len(weight), rows):
+                    weight[first : first + len(codebook_VZ)] = _project(codebook_VZ, weight.shape[1], generator)
             weight.mul_(NOISE if name.startswith("visual_head") else NARROW_INPUT * slots**-0.5)
 
 

@@ -233,7 +233,7 @@ class MarsTransformer(nn.Module):
         """The state (B, T, D or E) that predicts the next code of each position, after `chosen` codes (B, T) of it."""
         if self.vocabulary.slots == 1:
             return hidden_BTD
-        return cast(Tensor, self.visual_cells.next_state(hidden_BTD, chosen, self._product))
+        return self.visual_cells.next_state(hidden_BTD, chosen, self._product)
 
     def visual_logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits of the visual rows after `code_states` or `next_state`: codes first, then special and dead ids."""
