@@ -73,8 +73,8 @@ def test_the_page_holds_the_shapes_and_digests() -> None:
     text = card()
     for wanted in (
         "134,515,008 parameters",
-        "parameters, width 384, 6 of 30 layers, 2x2 codes a position",
-        "parameters, 1,024 codes of 8x8 pixels",
+        "15,346,176 parameters, width 384, 6 of 30 layers, 2x2 codes a position",
+        "5,659,476 parameters, 1,024 codes of 8x8 pixels",
         "128x128, 192x128",
         "50,184 ids: 49,152 of text, 1,024 codes, 8 special and unused",
         FACTS.visual_digest,
