@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mars.data.shards import read_codes, read_pictures
+from tests.cli.conftest import Run
 from tests.data.conftest import SpoiledFolder, write_spoiled
 
 START = """
@@ -96,3 +97,9 @@ def test_killed_five_times_the_bytes_are_those_of_a_run_left_alone(tiny_model: P
                 shutil.rmtree(tmp_path / "killed" / name)
         assert start(again[name]).wait() == 0
         assert contents(tmp_path / "killed" / name) == contents(tmp_path / "whole" / name), name
+
+
+def test_a_style_that_is_none_is_one_line(run: Run) -> None:
+    code, _, err = run("data", "emoji", "--style", "crayon")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "style must be one of noto, twemoji" in err

@@ -71,3 +71,10 @@ def test_a_grid_that_the_grid_embedding_does_not_know_is_refused(stage: Stage) -
     semvie = model["semvie"] | {"grid_embedding": True, "max_grid": 1}
     with pytest.raises(ConfigError, match="max_grid must be at least 3 for codes of 2x3, got 1"):
         opened(stage(), **model | {"semvie": semvie})
+
+
+def test_a_grid_that_cells_do_not_fill_is_refused(stage: Stage) -> None:
+    table = stage()
+    cells = {"semvie": table["model"]["semvie"] | {"cell": 2}}
+    with pytest.raises(ConfigError, match="cells of 2x2 codes must fill the grid, got 2x3"):
+        opened(table, **table["model"] | cells)
