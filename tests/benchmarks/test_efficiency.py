@@ -77,7 +77,7 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
         captions = tuple(
             Caption(text=texts[language, kind], language=language, kind=as_kind)
             for language in ("en", "zh")
-            for kind, as_kind in (("scene", "style"), ("paraphrase", "paraphrase"))
+            for kind, as_kind in (("scene", "name"), ("paraphrase", "paraphrase"))
             if (language, kind) in texts
         )
         png = io.BytesIO()

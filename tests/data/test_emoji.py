@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from mars.data import emoji
-from mars.data.emoji import CLDR, SETS, Concept, fetch, load_concepts, make_emoji
+from mars.data.emoji import CLDR, REQUESTS, SETS, Concept, fetch, load_concepts, make_emoji
 from mars.data.shards import Picture
 from mars.errors import DataError
+from mars.evaluation import questions
 
 CIRCLE = '<circle cx="8" cy="8" r="8" fill="red"/>'
 ENTRIES: list[dict[str, Any]] = [
@@ -136,11 +137,20 @@ def test_captions_name_style_and_tag_in_both_languages_and_hide_some_tags() -> N
         assert not known & secret
         tagged = [one.text.split(", ") for one in captions if (one.language, one.kind) == ("en", "tags")]
         assert all(0 < len(some) <= 4 and not set(some) & secret for some in tagged)
+        asked = [one.text for one in captions if (one.language, one.kind) == ("en", "request")]
+        assert len(asked) == 2
+        assert all(f"name {index}" in text and text != f"name {index}" for text in asked)
         assert captions == emoji._captions(concept(index), SETS["noto"])
         other = {(one.language, one.kind): one.text for one in emoji._captions(concept(index), SETS["fluent"])}
         assert other.get(("en", "paraphrase")) == texts.get(("en", "paraphrase"))
         hidden += len(secret)
     assert 0.3 < hidden / 1200 < 0.5
+
+
+def test_evaluation_asks_in_words_that_no_request_has() -> None:
+    for chosen in questions.SETS.values():
+        for language, wording in (chosen.wording or {}).items():
+            assert wording not in REQUESTS[language]
 
 
 def test_a_tag_that_is_the_name_is_no_caption(cache: Path) -> None:

@@ -39,6 +39,7 @@ def mix(stage: Stage) -> Callable[..., TaskMix]:
             text_tokenizer=opened.text_tokenizer,
             loader=opened.loader,
             held_out=opened.held_out,
+            described=opened.described,
         )
         return TaskMix(context)
 
@@ -93,6 +94,21 @@ def test_each_task_sees_every_picture_once_per_epoch_of_its_own(mix: Callable[..
         assert len(numbers) >= 48
         assert sorted(numbers[:24]) == sorted(numbers[24:48]) == list(range(24))
         assert numbers[:24] != numbers[24:48]
+
+
+def test_what_is_written_of_pictures_can_be_other_captions_than_those_that_are_drawn(
+    mix: Callable[..., TaskMix], stage: Stage
+) -> None:
+    data = stage()["data"] | {"kinds": {"name": 1.0}, "described": {"tags": 1.0}}
+    tasks = mix(tasks=SHARES, top_rows=1, data=data, guidance_dropout=0.0)
+    decode = tasks.context.text_tokenizer.decode
+    for step in range(24):
+        _, batch = tasks.draw(step)
+        for one in batch:
+            if isinstance(one, Reading):
+                assert re.fullmatch(r"(图 )?t\d+", decode(one.caption))
+            else:
+                assert re.fullmatch(r"(图 )?\d+", decode(one.prompt[1:]))
 
 
 @pytest.mark.parametrize("world", [2, 3])

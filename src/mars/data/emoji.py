@@ -8,6 +8,7 @@ left out. What is held out is fixed by hash: whole concepts, whole pictures, and
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -32,6 +33,11 @@ MARGIN = 1 / 16
 """White border on each side, as a share of the artwork's width."""
 COMPONENT_GROUP = 2
 """Emoji group of skin tones and hair: parts, not pictures."""
+REQUESTS = {
+    "en": ("a picture of {}", "draw {}", "{} emoji", "an icon of {}", "show me {}", "I want {}", "paint {}, please"),
+    "zh": ("画{}", "{}的图片", "一张{}的画", "{}表情", "给我看{}", "我想要{}", "来一个{}"),
+}
+"""How people ask for a picture; evaluation asks in other words (`evaluation.questions`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,11 +208,19 @@ def _without_standard_error() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _wordings(tags: list[str], comma: str) -> list[str]:
-    """Tags as captions: all (up to four), and each half of them, so that no single one stands for the picture."""
+def _wordings(tags: list[str], comma: str, *, seed: str) -> list[str]:
+    """Tags as captions: all (up to four), each half of them, and a few chosen at random, so that no single one stands
+    for the picture."""
     half = -(-len(tags) // 2)
-    chosen = (tags[:4], tags[:half], tags[half:][::-1][:3])
+    dice = random.Random(f"tags {seed}")
+    drawn = [dice.sample(tags, min(len(tags), dice.randint(1, 3))) for _ in range(3)]
+    chosen = (tags[:4], tags[:half], tags[half:][::-1][:3], *drawn)
     return list(dict.fromkeys(comma.join(some) for some in chosen if some))
+
+
+def _requests(name: str, words: tuple[str, ...], *, seed: str) -> list[str]:
+    """A name as people ask for it, in two ways."""
+    return [one.format(name) for one in random.Random(f"requests {seed}").sample(words, 2)]
 
 
 def _captions(concept: Concept, style: EmojiSet) -> tuple[Caption, ...]:
@@ -218,7 +232,9 @@ def _captions(concept: Concept, style: EmojiSet) -> tuple[Caption, ...]:
         tags = [tag for tag in concept.tags[language] if tag.lower() != name.lower()]
         secret = [tag for tag in tags if _percentile(f"tag {concept.hexcode} {tag}") < PARAPHRASE_PERCENT]
         known = [tag for tag in tags if tag not in secret]
-        captions += [Caption(text=text, language=language, kind="tags") for text in _wordings(known, comma)]
+        seed = f"{concept.hexcode} {language}"
+        asked = {"request": _requests(name, REQUESTS[language], seed=seed), "tags": _wordings(known, comma, seed=seed)}
+        captions += [Caption(text=text, language=language, kind=kind) for kind in asked for text in asked[kind]]
         if secret:
             captions.append(Caption(text=comma.join(secret[:4]), language=language, kind="paraphrase"))
     return tuple(captions)

@@ -21,7 +21,7 @@ from PIL import Image
 from mars.errors import DataError
 from mars.files import whole_file
 
-Kind = Literal["name", "style", "tags", "scene", "paraphrase", "original", "dense", "translated"]
+Kind = Literal["name", "style", "request", "tags", "scene", "paraphrase", "original", "dense", "translated"]
 """What a caption is: `paraphrase` is never trained on, `original` came with the picture, `dense` tells all of it."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Suffix = Literal["png", "jpg", "webp"]

@@ -11,7 +11,7 @@ LANGUAGES = ("en", "zh")
 CANDIDATES = 100
 POOL = 150
 """Pictures of a style that wrong candidates are chosen from; more would only cost time, as each needs features."""
-TRAINED_KINDS = ("name", "style", "tags", "scene")
+TRAINED_KINDS = ("name", "style", "request", "tags", "scene")
 """Kinds of captions that training may read."""
 
 

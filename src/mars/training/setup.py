@@ -46,6 +46,8 @@ class Opened:
     loader: Loader | None
     held_out: Loader | None
     """Of the splits that are only measured."""
+    described: Loader | None
+    """Pictures and the captions to be written of them, where these are other ones than those that are drawn after."""
     documents: tuple[Document, ...]
     contents: dict[str, str]
     """What lies at the places that a configuration names, by its names there: a run that is continued shares it."""
@@ -64,7 +66,8 @@ def open_stage(config: StageConfig, *, notify: Callable[[str], None] | None = No
     assert codec is not None
     image_tokenizer, _ = load_image_tokenizer(codec)
     codes = codes_digest(image_tokenizer)
-    loader, held_out = _open_shards(config, wanted=codes, codec=codec) if config.data.shards else (None, None)
+    shards = _open_shards(config, wanted=codes, codec=codec) if config.data.shards else (None, None, None)
+    loader, held_out, described = shards
     documents = _open_documents(config, wanted=codes, codec=codec)
     num_codes = image_tokenizer.config.num_codes
     shapes = shapes or ModelConfig(language=llm.config, semvie=source.semvie or SemVIEConfig(), num_codes=num_codes)
@@ -99,6 +102,7 @@ def open_stage(config: StageConfig, *, notify: Callable[[str], None] | None = No
         image_tokenizer=image_tokenizer,
         loader=loader,
         held_out=held_out,
+        described=described,
         documents=documents,
         contents={"model.language": llm.digest, "model.image_tokenizer": codes}
         | _contents("data.shards", shard_files(config.data.shards), what=f"{len(loader or ())} pictures")
@@ -157,22 +161,22 @@ def _open_language(
     return open_base_llm(language, revision=revision, notify=notify), language, revision
 
 
-def _open_shards(config: StageConfig, *, wanted: str, codec: Path) -> tuple[Loader, Loader | None]:
+def _open_shards(config: StageConfig, *, wanted: str, codec: Path) -> tuple[Loader, Loader | None, Loader | None]:
     data = config.data
     scale = config.upscale.scale if "upscale" in config.mix else None
 
-    def open_splits(splits: tuple[str, ...]) -> Loader:
-        return Loader(
-            data.shards, seed=config.seed, kinds=data.kinds, languages=data.languages, splits=splits, scale=scale
-        )
+    def open_splits(*splits: str, kinds: dict[str, float]) -> Loader:
+        return Loader(data.shards, seed=config.seed, kinds=kinds, languages=data.languages, splits=splits, scale=scale)
 
-    loader = open_splits(("train",))
+    loader = open_splits("train", kinds=data.kinds)
     if loader.image_tokenizer != wanted:
         raise CheckpointError(
             f"the shards hold codes of image tokenizer {loader.image_tokenizer[:19]}…, but "
             f"{codec} is {wanted[:19]}…; encode the pictures again"
         )
-    return loader, open_splits(data.held_out) if data.held_out else None
+    held_out = open_splits(*data.held_out, kinds=data.kinds) if data.held_out else None
+    describes = data.described and "captioning" in config.mix
+    return loader, held_out, open_splits("train", kinds=data.described) if describes else None
 
 
 def _open_documents(config: StageConfig, *, wanted: str, codec: Path) -> tuple[Document, ...]:

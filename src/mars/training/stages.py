@@ -102,6 +102,8 @@ class DataConfig:
     """Files of documents, for the tasks `editing` and `interleaved`."""
     kinds: dict[str, float] = field(default_factory=lambda: {"name": 0.5, "style": 0.35, "tags": 0.15, "scene": 1.0})
     """How often each kind of caption is chosen; kinds that are not named are never seen."""
+    described: dict[str, float] = field(default_factory=dict)
+    """How often each kind is chosen where captions are written (the task `captioning`); none is as `kinds` says."""
     languages: dict[str, float] = field(default_factory=lambda: {"en": 0.5, "zh": 0.5})
     held_out: tuple[str, ...] = ()
     """Splits of the shards that are not trained on, whose loss says which checkpoint is best; none: the training loss
@@ -109,6 +111,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_shares("data.kinds", self.kinds)
+        _check_shares("data.described", self.described)
         _check_shares("data.languages", self.languages)
         if "train" in self.held_out:
             raise ConfigError("data.held_out must name splits that are not trained on, got 'train'")

@@ -37,6 +37,8 @@ class TaskContext:
     loader: Loader | None
     """Of code shards; none where all tasks learn documents."""
     held_out: Loader | None
+    described: Loader | None = None
+    """Of the task `captioning`; none: as `loader`."""
     documents: Sequence[Document] = ()
 
     @cached_property

@@ -207,8 +207,9 @@ class Captioning(Task[Reading]):
     def draw(self, number: int, generator: torch.Generator) -> list[Reading]:  # noqa: ARG002
         """Whole pictures and their captions, of nearly equal length: the text is most of the work, and so padding."""
         context, count = self.context, self.context.config.batch_size
-        assert context.loader is not None
-        samples = context.loader.batch_by_length(
+        loader = context.described or context.loader
+        assert loader is not None
+        samples = loader.batch_by_length(
             number * count,
             count,
             length=lambda caption: len(self._hint(caption)) + len(context.encode(caption.text)),

@@ -80,6 +80,7 @@ class Trainer:
                 text_tokenizer=opened.text_tokenizer,
                 loader=opened.loader,
                 held_out=opened.held_out,
+                described=opened.described,
                 documents=opened.documents,
             )
         )
