@@ -16,6 +16,7 @@ from mars.model.config import UpscaleConfig
 from mars.model.transformer import MarsTransformer, read_prefixes
 from mars.pipeline import MarsPipeline
 from mars.sequence.layout import low_image, text_segment, upscaled_image
+from mars.training.setup import open_stage
 from mars.training.stages import StageConfig
 from mars.training.trainer import Trainer
 from mars.training.upscale import upscale_loss
@@ -139,6 +140,27 @@ def test_the_stage_continues_a_model_that_then_upscales_its_grid(upscaling: dict
     pipe = MarsPipeline.from_pretrained(config.out / "model")
     small = pipe("3", seed=1, sampling=Sampling())
     assert pipe.upscale(small).codes.shape == (1, 4, 6)
+
+
+def test_pictures_in_two_sizes_can_be_other_ones_than_those_that_are_drawn(
+    upscaling: dict[str, Any], tiny_pairs: list[Path], tmp_path: Path
+) -> None:
+    few, digest = read_codes(tiny_pairs[1])
+    some = tmp_path / "few.parquet"
+    write_codes(some, few[:5], tokenizer=digest)
+    data = {"shards": [str(tiny_pairs[0])], "pairs": [str(tiny_pairs[0]), str(some)], "held_out": ["picture"]}
+    table = upscaling | {"tasks": {"text_to_image": 0.5, "upscale": 0.3, "captioning": 0.2}, "data": data}
+    trainer = Trainer(from_dict(StageConfig, table))
+    for step in range(40):
+        task, batch = trainer.mix.draw(step)
+        low = {getattr(one, "low", one.codes).shape for one in batch}
+        assert low == {(2, 3)}
+        assert {one.codes.shape for one in batch} == {(4, 6) if task.name == "upscale" else (2, 3)}
+    assert trainer.info.grids == ((2, 3),)
+    trainer.train()
+    assert MarsPipeline.from_pretrained(trainer.config.out / "model").model.info.upscale == UpscaleConfig()
+    with pytest.raises(ConfigError, match="data.shards must hold pictures of the smaller sizes of data.pairs"):
+        open_stage(from_dict(StageConfig, table | {"data": data | {"shards": [str(tiny_pairs[1])]}}))
 
 
 @pytest.mark.parametrize("block", [1, 4])

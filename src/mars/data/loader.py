@@ -80,6 +80,7 @@ class Loader:
                 f"splits: {list(splits)}"
             )
         self.seed = seed
+        self.paired = scale is not None
         self.grids: tuple[Grid, ...] = tuple(tables)
         """Those of `Sample.codes`."""
         self._sequences = [

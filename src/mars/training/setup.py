@@ -48,6 +48,8 @@ class Opened:
     """Of the splits that are only measured."""
     described: Loader | None
     """Pictures and the captions to be written of them, where these are other ones than those that are drawn after."""
+    pairs: Loader | None
+    """Pictures in two sizes, where they are other shards."""
     documents: tuple[Document, ...]
     contents: dict[str, str]
     """What lies at the places that a configuration names, by its names there: a run that is continued shares it."""
@@ -66,21 +68,26 @@ def open_stage(config: StageConfig, *, notify: Callable[[str], None] | None = No
     assert codec is not None
     image_tokenizer, _ = load_image_tokenizer(codec)
     codes = codes_digest(image_tokenizer)
-    shards = _open_shards(config, wanted=codes, codec=codec) if config.data.shards else (None, None, None)
-    loader, held_out, described = shards
+    shards = _open_shards(config, wanted=codes, codec=codec)
+    loader = shards.get("drawn")
     documents = _open_documents(config, wanted=codes, codec=codec)
     num_codes = image_tokenizer.config.num_codes
     shapes = shapes or ModelConfig(language=llm.config, semvie=source.semvie or SemVIEConfig(), num_codes=num_codes)
     if source.start_from is not None:
         check_model(source.start_from, shapes=shapes, llm=(language, llm.digest), codec=image_tokenizer.config)
     grids, refines = _drawn_grids(documents) if loader is None else loader.grids, "upscale" in config.mix
-    for grid in grids:
+    pairs = shards.get("pairs", loader)
+    for grid in {*grids, *(pairs.grids if refines and pairs else ())}:
         shapes.semvie.check_grid(*grid)
     if "top_rows" in config.mix and config.top_rows % shapes.semvie.cell:
         raise ConfigError(f"top_rows must be a multiple of semvie.cell, {shapes.semvie.cell}, got {config.top_rows}")
     if refines:
+        assert pairs is not None
         shapes = replace(shapes, semvie=replace(shapes.semvie, low_input=True))
-        grids = _low_grids(config, shapes.semvie, grids)
+        low = _low_grids(config, shapes.semvie, pairs.grids)
+        if "pairs" in shards and not set(low) <= set(grids):
+            raise ConfigError(f"data.shards must hold pictures of the smaller sizes of data.pairs, {low}, got {grids}")
+        grids = grids if "pairs" in shards else low
     transformer = build_transformer(shapes, llm.tensors)
     start_visual(
         transformer,
@@ -101,11 +108,13 @@ def open_stage(config: StageConfig, *, notify: Callable[[str], None] | None = No
         text_tokenizer=TextTokenizer(llm.tokenizer, config=llm.tokenizer_config),
         image_tokenizer=image_tokenizer,
         loader=loader,
-        held_out=held_out,
-        described=described,
+        held_out=shards.get("held_out"),
+        described=shards.get("described"),
+        pairs=shards.get("pairs"),
         documents=documents,
         contents={"model.language": llm.digest, "model.image_tokenizer": codes}
         | _contents("data.shards", shard_files(config.data.shards), what=f"{len(loader or ())} pictures")
+        | _contents("data.pairs", shard_files(config.data.pairs), what=f"{len(shards.get('pairs', ()))} pictures")
         | _contents("data.documents", config.data.documents if documents else (), what=f"{len(documents)} documents"),
     )
     if source.start_from is not None:
@@ -161,22 +170,36 @@ def _open_language(
     return open_base_llm(language, revision=revision, notify=notify), language, revision
 
 
-def _open_shards(config: StageConfig, *, wanted: str, codec: Path) -> tuple[Loader, Loader | None, Loader | None]:
-    data = config.data
-    scale = config.upscale.scale if "upscale" in config.mix else None
+def _open_shards(config: StageConfig, *, wanted: str, codec: Path) -> dict[str, Loader]:
+    """By name, those fields of `Opened` that a configuration asks for, `loader` as `drawn`.
 
-    def open_splits(*splits: str, kinds: dict[str, float]) -> Loader:
-        return Loader(data.shards, seed=config.seed, kinds=kinds, languages=data.languages, splits=splits, scale=scale)
+    Args:
+        wanted: the digest that all codes must have, which is that of `codec`.
+    """
+    data, found = config.data, dict[str, Loader]()
+    upscales = "upscale" in config.mix
 
-    loader = open_splits("train", kinds=data.kinds)
-    if loader.image_tokenizer != wanted:
-        raise CheckpointError(
-            f"the shards hold codes of image tokenizer {loader.image_tokenizer[:19]}…, but "
-            f"{codec} is {wanted[:19]}…; encode the pictures again"
-        )
-    held_out = open_splits(*data.held_out, kinds=data.kinds) if data.held_out else None
-    describes = data.described and "captioning" in config.mix
-    return loader, held_out, open_splits("train", kinds=data.described) if describes else None
+    def open_splits(name: str, *splits: str, kinds: dict[str, float], shards: Sequence[Path], pairs: bool) -> None:
+        scale = config.upscale.scale if pairs else None
+        loader = Loader(shards, seed=config.seed, kinds=kinds, languages=data.languages, splits=splits, scale=scale)
+        if loader.image_tokenizer != wanted:
+            raise CheckpointError(
+                f"the shards hold codes of image tokenizer {loader.image_tokenizer[:19]}…, but "
+                f"{codec} is {wanted[:19]}…; encode the pictures again"
+            )
+        found[name] = loader
+
+    if not data.shards:
+        return found
+    paired = upscales and not data.pairs
+    open_splits("drawn", "train", kinds=data.kinds, shards=data.shards, pairs=paired)
+    if data.held_out:
+        open_splits("held_out", *data.held_out, kinds=data.kinds, shards=data.shards, pairs=paired)
+    if data.described and "captioning" in config.mix:
+        open_splits("described", "train", kinds=data.described, shards=data.shards, pairs=paired)
+    if data.pairs and upscales:
+        open_splits("pairs", "train", kinds=data.kinds, shards=data.pairs, pairs=True)
+    return found
 
 
 def _open_documents(config: StageConfig, *, wanted: str, codec: Path) -> tuple[Document, ...]:

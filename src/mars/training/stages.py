@@ -98,6 +98,9 @@ class DataConfig:
 
     shards: tuple[Path, ...] = ()
     """Code shards or folders of them, for all other tasks than those of documents."""
+    pairs: tuple[Path, ...] = ()
+    """Code shards of pictures in two sizes, for the task `upscale`; none: all tasks learn the pictures of `shards` that
+    have both sizes. With them the held-out loss is that of `shards`, so another task must have more of the steps."""
     documents: tuple[Path, ...] = ()
     """Files of documents, for the tasks `editing` and `interleaved`."""
     kinds: dict[str, float] = field(default_factory=lambda: {"name": 0.5, "style": 0.35, "tags": 0.15, "scene": 1.0})

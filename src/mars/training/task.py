@@ -39,6 +39,8 @@ class TaskContext:
     held_out: Loader | None
     described: Loader | None = None
     """Of the task `captioning`; none: as `loader`."""
+    pairs: Loader | None = None
+    """Of the task `upscale`; none: as `loader`."""
     documents: Sequence[Document] = ()
 
     @cached_property
@@ -56,7 +58,7 @@ class TaskContext:
         """Rows of the codes that text to image draws."""
         assert self.loader is not None
         rows = self.loader.grids[0][0]
-        return rows // self.config.upscale.scale if "upscale" in self.config.mix else rows
+        return rows // self.config.upscale.scale if self.loader.paired else rows
 
     @cached_property
     def encode(self) -> Callable[[str], list[int]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mars.data.loader import Sample, padding
+from mars.data.loader import Loader, Sample, padding
 from mars.data.shards import Caption
 from mars.errors import ConfigError
 from mars.model.cache import Prefix
@@ -78,17 +78,22 @@ class TextToImage(Task[Drawing]):
         self.read = 0
         """FLOPs of the captions that the last batch had read."""
 
+    @property
+    def loader(self) -> Loader:
+        """Of the pictures that are drawn."""
+        assert self.context.loader is not None
+        return self.context.loader
+
     def size(self) -> tuple[int, int | None]:
         """Pictures of a step, and how many rows of each are drawn; null is all."""
         return self.context.config.batch_size, None
 
     def draw(self, number: int, generator: torch.Generator) -> list[Drawing]:
         """Captions are emptied as often as the configuration says."""
-        context, (count, rows) = self.context, self.size()
-        assert context.loader is not None
+        context, loader, (count, rows) = self.context, self.loader, self.size()
         share = context.config.guidance_dropout
         dropped = context.mine((torch.rand(count, generator=generator) < share).tolist())
-        samples = context.loader.batch(number * count, count, rank=context.process.rank, ranks=context.process.world)
+        samples = loader.batch(number * count, count, rank=context.process.rank, ranks=context.process.world)
         return [
             self._example(sample, "" if drop else sample.caption.text, rows=rows)
             for sample, drop in zip(samples, dropped, strict=True)
@@ -162,6 +167,15 @@ class Upscale(TextToImage):
     """Draws a picture again, larger, after its caption and its smaller codes: the next K codes at once (ours)."""
 
     name = "upscale"
+
+    @property
+    def loader(self) -> Loader:
+        """Of pictures in two sizes."""
+        return self.context.pairs or super().loader
+
+    def held_out(self) -> list[Drawing]:
+        """As the others, if they have both sizes."""
+        return super().held_out() if self.context.pairs is None else []
 
     def _example(self, sample: Sample, text: str, *, rows: int | None = None) -> Refining:
         assert sample.low is not None

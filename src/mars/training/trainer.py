@@ -81,6 +81,7 @@ class Trainer:
                 loader=opened.loader,
                 held_out=opened.held_out,
                 described=opened.described,
+                pairs=opened.pairs,
                 documents=opened.documents,
             )
         )
