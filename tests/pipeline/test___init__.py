@@ -268,10 +268,12 @@ def test_a_card_names_the_weights_that_were_written(pipe: MarsPipeline, tiny_mod
     wide = {name: weight * 1.0001 for name, weight in pipe.model.transformer.visual_tensors().items()}
     save_tensors(folder / "visual.safetensors", wide)  # fp32, as a run that is not done has them
     opened = MarsPipeline.from_pretrained(folder)
-    opened.save_pretrained(tmp_path / "saved")
+    opened.save_pretrained(tmp_path / "saved", licence="mit")
     digest = MarsPipeline.from_pretrained(tmp_path / "saved").model.visual_digest
     assert digest != opened.model.visual_digest
-    assert digest in (tmp_path / "saved" / "README.md").read_text("utf-8")
+    card = (tmp_path / "saved" / "README.md").read_text("utf-8")
+    assert digest in card
+    assert card.splitlines()[2] == 'license: "mit"'
 
 
 def test_nothing_is_saved_over_something_else_or_from_rounded_weights(

@@ -124,20 +124,21 @@ class MarsPipeline:
         self.prompts = Prompts(self.model.transformer)
         return self
 
-    def save_pretrained(self, folder: str | Path, *, report: Path | None = None, about: str | None = None) -> None:
-        """Writes the visual side in fp16, and a model card, into a folder that appears whole or not at all.
-
-        The LLM is only named, or goes along if it lies in the folder that this model was opened from.
+    def save_pretrained(
+        self, folder: str | Path, *, report: Path | None = None, about: str | None = None, licence: str | None = None
+    ) -> None:
+        """Writes the visual side in fp16, and a model card, into a folder that appears whole or not at all. The LLM is
+        only named, or goes along if it lies in the folder that this model was opened from.
 
         Args:
             report: `report.json` of `mars eval`, for the card.
-            about: more of the card, as Markdown: the data that it was trained on, their licences, what it is for.
+            about, licence: more of the card, as Markdown; the licence of the weights, such as `apache-2.0`.
 
         Raises:
             CheckpointError: if it cannot be written, something else is there, or the weights in memory are rounded.
             DataError, ModelError: if the report is none, or of other weights.
         """
-        save_with_card(self.model, Path(folder), report=report, about=about)
+        save_with_card(self.model, Path(folder), report=report, about=about, licence=licence)
 
     def push_to_hub(
         self, name: str, *, private: bool = False, revision: str | None = None, report: Path | None = None
@@ -145,8 +146,7 @@ class MarsPipeline:
         """Saves into a temporary folder and puts that on the hub as `owner/name`. Returns the commit's address.
 
         Raises:
-            CheckpointError: if the weights in memory are rounded, or the disk is full.
-            ModelError: if the hub cannot be reached or refuses.
+            CheckpointError, ModelError: if weights in memory are rounded or the disk is full; if the hub refuses.
         """
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "model")

@@ -19,7 +19,13 @@ from mars.model.precision import is_rounded
 
 
 def save_with_card(
-    model: MarsModel, folder: Path, *, report: Path | None, about: str | None = None, hub_id: str | None = None
+    model: MarsModel,
+    folder: Path,
+    *,
+    report: Path | None,
+    about: str | None = None,
+    licence: str | None = None,
+    hub_id: str | None = None,
 ) -> None:
     """Writes the visual side in fp16 and a model card, and the LLM if it lies in the folder that the model came from.
 
@@ -33,29 +39,26 @@ def save_with_card(
     found = None if report is None else read_json(report)
     with atomic_folder(place_for(folder, error=CheckpointError, may_replace=is_whole_model)) as partial:
         save_model(partial, info=model.info, transformer=model.transformer, image_tokenizer=model.image_tokenizer)
-        card = _card(model, visual_digest=stored_digest(partial), report=found, about=about, hub_id=hub_id)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        facts = {"visual_digest": stored_digest(partial), "licence": licence, "hub_id": hub_id}
+        (partial / "README.md").write_text(_card(model, facts, report=found, about=about), encoding="utf-8")
         if model.info.language.startswith("./"):
             source = language_source(model.info, folder=model.folder or Path())
             shutil.copytree(source, partial / model.info.language)
 
 
-def _card(
-    model: MarsModel, *, visual_digest: str, report: Mapping[str, Any] | None, about: str | None, hub_id: str | None
-) -> str:
+def _card(model: MarsModel, facts: Mapping[str, Any], *, report: Mapping[str, Any] | None, about: str | None) -> str:
     from mars.model.card import CardFacts, base_model_of, model_card  # counting takes a moment
 
     info = model.info
-    facts = CardFacts(
+    known = CardFacts(
         name=info.name,
         language=info.language,
         language_digest=info.language_digest,
-        visual_digest=visual_digest,
         grids=info.grids,
         upscale=info.upscale,
         base_model=base_model_of(info.language),
-        hub_id=hub_id,
         includes_language=info.language.startswith("./"),
+        **facts,
     )
     codec = model.image_tokenizer.config
-    return model_card(model.transformer.config, facts, image_tokenizer=codec, report=report, about=about)
+    return model_card(model.transformer.config, known, image_tokenizer=codec, report=report, about=about)
