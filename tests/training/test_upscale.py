@@ -213,3 +213,22 @@ def test_pictures_of_one_size_and_blocks_that_do_not_fit_are_one_line(
         Trainer(from_dict(StageConfig, upscaling | {"upscale": {"codes_per_step": 16}}))
     with pytest.raises(ConfigError, match="upscale.codes_per_step must be a square such as 1, 4 or 16, got 2"):
         from_dict(StageConfig, upscaling | {"upscale": {"codes_per_step": 2}})
+
+
+def test_blocks_and_rows_that_cut_a_cell_are_refused(
+    stage: Callable[..., dict[str, Any]], tiny_pairs: list[Path], tiny_llm: Path, tiny_model: Path, tmp_path: Path,
+    pocket: dict[str, Any],
+) -> None:  # fmt: skip
+    shapes = {**pocket, "max_grid": 12, "cell": 2, "cell_width": 8}
+    model = {"language": str(tiny_llm), "image_tokenizer": str(tiny_model), "semvie": shapes}
+    larger = [str(tiny_pairs[1])]
+    rows = stage(model=model, data={"shards": larger}, tasks={"top_rows": 1.0}, top_rows=1)
+    with pytest.raises(ConfigError, match=r"top_rows must be a multiple of semvie\.cell, 2, got 1"):
+        open_stage(from_dict(StageConfig, rows))
+    few, digest = read_codes(tiny_pairs[1])
+    thrice = [replace(one, codes=one.codes.repeat(3, axis=0).repeat(3, axis=1)) for one in few]
+    write_codes(tmp_path / "thrice.parquet", thrice, tokenizer=digest)
+    data = {"shards": [*larger, str(tmp_path / "thrice.parquet")]}
+    table = stage(model=model, data=data, tasks={"upscale": 1.0}, upscale={"scale": 3, "codes_per_step": 9})
+    with pytest.raises(ConfigError, match=r"upscale\.scale must be a multiple of semvie\.cell, 2, got 3"):
+        open_stage(from_dict(StageConfig, table))
