@@ -19,17 +19,19 @@ from mars.errors import RequestError
 
 Point = tuple[float, float]
 
-# Parts of the picture's side. The ranges leave gaps, so that a size word is never a matter of opinion; at 128
-# pixels the smallest shape is 24 pixels wide, one and a half patches.
-_SIZES: dict[Size, Point] = {"small": (0.1875, 0.25), "medium": (0.34, 0.44), "large": (0.56, 0.68)}
+GRID = 16
+"""Things stand on a grid of so many places, which at 128 pixels is that of the shipped image tokenizer's codes: a shape
+is then told by the same codes wherever it stands."""
+# Widths in places. They leave gaps, so that a size word is never a matter of opinion; at 128 pixels the smallest shape
+# is 24 pixels wide.
+_SIZES: dict[Size, tuple[int, ...]] = {"small": (3, 4), "medium": (6, 7), "large": (9, 10)}
 _PAIR_SIZES: tuple[tuple[Size, Size], ...] = (
     ("medium", "medium"),
     ("small", "small"),
     ("small", "medium"),
     ("small", "large"),
 )
-_SIZE_IN_LINE = (0.26, 0.29)
-_MARGIN = 1 / 64
+_WIDTH_IN_LINE = 4
 _SUPERSAMPLING = 4
 
 
@@ -84,43 +86,40 @@ def draw_scene(scene: Scene) -> Image.Image:
     return image.reduce(_SUPERSAMPLING)
 
 
-def _width(rng: random.Random, bounds: Point, size: int) -> int:
-    return rng.randint(math.ceil(bounds[0] * size), math.floor(bounds[1] * size))
+def _box(left: int, top: int, width: int, *, size: int) -> Box:
+    """The pixels of a square of places."""
+    x, y, side = (round(places * size / GRID) for places in (left, top, width))
+    return x, y, x + side, y + side
 
 
-def _square(left: int, top: int, width: int) -> Box:
-    return left, top, left + width, top + width
-
-
-def _margin(size: int) -> int:
-    return math.floor(_MARGIN * size)
-
-
-def _boxes_apart(rng: random.Random, widths: list[int], size: int) -> list[Box]:
-    """One anywhere in the picture, or each anywhere in a quarter of the picture of its own."""
-    margin = _margin(size)
-    cell = size if len(widths) == 1 else size // 2
-    corners = [(0, 0)] if cell == size else [(0, 0), (cell, 0), (0, cell), (cell, cell)]
+def _boxes_apart(rng: random.Random, named: Size, number: int, *, size: int) -> list[Box]:
+    """One anywhere in the picture, or each anywhere in a quarter of the picture of its own; a free place around it."""
+    cell = GRID if number == 1 else GRID // 2
+    corners = [(0, 0)] if number == 1 else [(0, 0), (cell, 0), (0, cell), (cell, cell)]
     boxes = []
-    for (x, y), width in zip(rng.sample(corners, len(widths)), widths, strict=True):
-        furthest = cell - margin - width
-        boxes.append(_square(x + rng.randint(margin, furthest), y + rng.randint(margin, furthest), width))
+    for x, y in rng.sample(corners, number):
+        width = rng.choice([one for one in _SIZES[named] if one <= cell - 2])
+        furthest = cell - 1 - width
+        boxes.append(_box(x + rng.randint(1, furthest), y + rng.randint(1, furthest), width, size=size))
     return boxes
 
 
-def _row_boxes(rng: random.Random, widths: list[int], size: int) -> list[Box]:
-    """One after another from left to right with a gap of two margins, their centres almost on one level."""
-    margin = _margin(size)
-    slack = size - sum(widths) - 2 * margin * len(widths)
+def _row_boxes(rng: random.Random, sizes: list[tuple[int, ...]], *, size: int) -> list[Box]:
+    """One after another from left to right with a free place around each, their centres almost on one level.
+
+    Args:
+        sizes: of each, the widths to choose from.
+    """
+    widths = [GRID]
+    while (slack := GRID - sum(widths) - len(sizes) - 1) < 0:
+        widths = [rng.choice(some) for some in sizes]
     shifts = sorted(rng.randint(0, slack) for _ in widths)
-    widest, jitter = max(widths), round(0.05 * size)
-    level = rng.randint(margin + widest // 2, size - margin - (widest + 1) // 2)
+    level = rng.randint(1 + max(widths) // 2, GRID - 1 - (max(widths) + 1) // 2)
     boxes = []
-    left = margin
+    left = 1
     for shift, width in zip(shifts, widths, strict=True):
-        top = level - width // 2 + rng.randint(-jitter, jitter)
-        boxes.append(_square(left + shift, min(max(top, margin), size - margin - width), width))
-        left += width + 2 * margin
+        boxes.append(_box(left + shift, level - width // 2, width, size=size))
+        left += width + 1
     return boxes
 
 
@@ -133,8 +132,7 @@ def _same_things(rng: random.Random, kind: Kind, size: int) -> Scene:
     number = rng.randint(1, 4) if kind == "count" else 1
     [(shape, colour)] = _names(rng, 1)
     named = rng.choice(list(_SIZES) if kind == "single" else [each for each in _SIZES if each != "large"])
-    widths = [_width(rng, _SIZES[named], size) for _ in range(number)]
-    boxes = _boxes_apart(rng, widths, size)
+    boxes = _boxes_apart(rng, named, number, size=size)
     objects = tuple(SceneObject(shape=shape, colour=colour, size=named, box=box) for box in boxes)
     return Scene(kind=kind, objects=objects, relation=None, size=size)
 
@@ -145,11 +143,10 @@ def _different_things(rng: random.Random, kind: Kind, size: int) -> Scene:
     sizes: list[Size]
     if kind == "pair":
         sizes = rng.sample(rng.choice(_PAIR_SIZES), 2)
-        widths = [_width(rng, _SIZES[each], size) for each in sizes]
+        boxes = _row_boxes(rng, [_SIZES[each] for each in sizes], size=size)
     else:
         sizes = ["medium"] * 3
-        widths = [_width(rng, _SIZE_IN_LINE, size) for _ in sizes]
-    boxes = _row_boxes(rng, widths, size)
+        boxes = _row_boxes(rng, [(_WIDTH_IN_LINE,)] * 3, size=size)
     if relation in ("above", "below"):
         boxes = [(top, left, bottom, right) for left, top, right, bottom in boxes]
     objects = [
