@@ -53,6 +53,13 @@ def test_a_batch_draws_what_single_calls_draw(shipped: MarsPipeline) -> None:
         assert shipped(prompt, seed=1).codes[0].tolist() == codes.tolist()
 
 
+def test_what_was_drawn_is_drawn_again_larger(shipped: MarsPipeline) -> None:
+    drawn = shipped("slice of pizza", seed=1)
+    larger = shipped.upscale(drawn)
+    assert [image.size for image in larger.images] == [(256, 256)]
+    assert shipped.upscale(drawn).codes.tolist() == larger.codes.tolist()
+
+
 def test_the_language_expert_is_the_language_model(shipped: MarsPipeline, tmp_path: Path) -> None:
     llm = open_base_llm(shipped.model.info.language)
     table = json.loads(mars("info", "--json", cwd=tmp_path))
