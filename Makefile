@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= out
 
-DEMO_EN ?= pizza
+DEMO_EN ?= rocket
 DEMO_ZH ?= 红苹果
 DEMO_SEED ?= 1
 TOKENIZER_CONFIG ?= configs/mini-tokenizer.toml
