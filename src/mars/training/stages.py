@@ -20,7 +20,7 @@ FREE = (
     "name", "out", "steps",
     "optimizer.learning_rate", "optimizer.matrix_rate", "optimizer.weight_decay", "optimizer.clip", "optimizer.warmup",
     "optimizer.decay", "optimizer.average",
-    "model", "data.shards", "data.documents",
+    "model", "data.shards", "data.pairs", "data.documents",
     "accumulate", "prefix_gib", "device", "precision", "threads", "recompute", "compile", "peak_tflops",
     "report_every", "sample_every", "sample_prompts", "save_every", "keep", "max_skipped",
 )  # fmt: skip
