@@ -99,9 +99,9 @@ class Baseline:
         if stage.threads:
             torch.set_num_threads(stage.threads)
         opened = open_stage(stage, notify=notify)
-        if opened.loader is None or len(opened.loader.grids) != 1:
+        if opened.loaders is None or len(opened.loaders.drawn.grids) != 1:
             raise ConfigError("data.shards must hold codes of one grid for the diffusion baseline")
-        self.loader, self.grid = opened.loader, opened.loader.grids[0]
+        self.loader, self.grid = opened.loaders.drawn, opened.loaders.drawn.grids[0]
         self.text = TextStates(out / "text", transformer=opened.transformer, tokenizer=opened.text_tokenizer)
         self.reading = FlopCount(opened.transformer)
         self.latents_NZRC = self._latents(opened, pictures, size=size)

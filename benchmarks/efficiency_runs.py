@@ -95,8 +95,7 @@ def _stage_snapshots(
         process=Process(choose_device("cpu")),
         transformer=opened.transformer,
         text_tokenizer=opened.text_tokenizer,
-        loader=opened.loader,
-        held_out=None,
+        loaders=opened.loaders,
         documents=opened.documents,
     )
     mix, samples, flops, text_flops = TaskMix(context), [0], 0, before.text_flops

@@ -37,9 +37,7 @@ def mix(stage: Stage) -> Callable[..., TaskMix]:
             process=process or Process(torch.device("cpu")),
             transformer=opened.transformer,
             text_tokenizer=opened.text_tokenizer,
-            loader=opened.loader,
-            held_out=opened.held_out,
-            described=opened.described,
+            loaders=opened.loaders,
         )
         return TaskMix(context)
 
@@ -149,8 +147,7 @@ def drawings(tasks: TaskMix, step: int) -> list[Drawing]:
 def test_top_rows_are_drawn_of_as_many_more_pictures(mix: Callable[..., TaskMix]) -> None:
     tasks = mix(tasks={"top_rows": 1.0}, top_rows=1)
     _, batch = tasks.draw(0)
-    assert tasks.context.loader is not None
-    rows, columns = tasks.context.loader.grids[0]
+    rows, columns = tasks.context.codes.drawn.grids[0]
     assert (len(batch), {tuple(one.codes.shape) for one in batch}) == (6 * rows, {(1, columns)})
     assert tasks.main.targets(batch) == 6 * rows * columns
 

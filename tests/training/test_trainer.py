@@ -285,8 +285,9 @@ def test_held_out_pictures_are_never_learned_and_measuring_them_changes_nothing(
     assert trainer.held_out_loss()
     assert all(torch.equal(visual(trainer)[name], weight) for name, weight in before.items())
     assert found + steps(trainer, 3) == wanted
-    assert trainer.mix.context.held_out is not None
-    assert len(trainer.mix.context.held_out) == 4
+    held_out = trainer.mix.context.codes.held_out
+    assert held_out is not None
+    assert len(held_out) == 4
 
 
 def test_activations_that_are_computed_again_give_the_same_gradients(stage: Stage) -> None:

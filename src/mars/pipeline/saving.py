@@ -1,9 +1,8 @@
 """A pipeline's model on disk, with its card."""
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mars.checkpoint import (
     MarsModel,
@@ -16,6 +15,9 @@ from mars.checkpoint import (
 from mars.errors import CheckpointError
 from mars.files import atomic_folder, place_for
 from mars.model.precision import is_rounded
+
+if TYPE_CHECKING:
+    from mars.model.card import CardFacts
 
 
 def save_with_card(
@@ -34,31 +36,35 @@ def save_with_card(
         DataError: if the report is none.
         ModelError: if the report is of other weights.
     """
+    from mars.model.card import model_card  # counting takes a moment
+
     if is_rounded(model.precision):
         raise CheckpointError(f"weights rounded to {model.precision} cannot be saved; open the model in fp32")
     found = None if report is None else read_json(report)
     with atomic_folder(place_for(folder, error=CheckpointError, may_replace=is_whole_model)) as partial:
         save_model(partial, info=model.info, transformer=model.transformer, image_tokenizer=model.image_tokenizer)
-        facts = {"visual_digest": stored_digest(partial), "licence": licence, "hub_id": hub_id}
-        (partial / "README.md").write_text(_card(model, facts, report=found, about=about), encoding="utf-8")
+        facts = _facts(model, visual_digest=stored_digest(partial), licence=licence, hub_id=hub_id)
+        codec = model.image_tokenizer.config
+        card = model_card(model.transformer.config, facts, image_tokenizer=codec, report=found, about=about)
+        (partial / "README.md").write_text(card, encoding="utf-8")
         if model.info.language.startswith("./"):
             source = language_source(model.info, folder=model.folder or Path())
             shutil.copytree(source, partial / model.info.language)
 
 
-def _card(model: MarsModel, facts: Mapping[str, Any], *, report: Mapping[str, Any] | None, about: str | None) -> str:
-    from mars.model.card import CardFacts, base_model_of, model_card  # counting takes a moment
+def _facts(model: MarsModel, *, visual_digest: str, licence: str | None, hub_id: str | None) -> "CardFacts":
+    from mars.model.card import CardFacts, base_model_of
 
     info = model.info
-    known = CardFacts(
+    return CardFacts(
         name=info.name,
         language=info.language,
         language_digest=info.language_digest,
+        visual_digest=visual_digest,
         grids=info.grids,
         upscale=info.upscale,
         base_model=base_model_of(info.language),
+        licence=licence,
+        hub_id=hub_id,
         includes_language=info.language.startswith("./"),
-        **facts,
     )
-    codec = model.image_tokenizer.config
-    return model_card(model.transformer.config, known, image_tokenizer=codec, report=report, about=about)

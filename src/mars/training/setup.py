@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,6 +37,20 @@ LOW_PROJECTION = "low_projection.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Loaders:
+    """What the tasks of a stage draw from code shards."""
+
+    drawn: Loader
+    """Pictures, and the captions that they are drawn after."""
+    described: Loader
+    """Pictures, and the captions that are written of them: `drawn` itself, unless these are of other kinds."""
+    pairs: Loader | None
+    """Pictures in two sizes, for the task `upscale`: `drawn` itself, unless they are other shards."""
+    held_out: Loader | None
+    """Of the splits that are only measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Opened:
     """What a stage works with, on the CPU."""
 
@@ -43,13 +58,8 @@ class Opened:
     transformer: MarsTransformer
     text_tokenizer: TextTokenizer
     image_tokenizer: ImageTokenizer
-    loader: Loader | None
-    held_out: Loader | None
-    """Of the splits that are only measured."""
-    described: Loader | None
-    """Pictures and the captions to be written of them, where these are other ones than those that are drawn after."""
-    pairs: Loader | None
-    """Pictures in two sizes, where they are other shards."""
+    loaders: Loaders | None
+    """None where all tasks learn documents."""
     documents: tuple[Document, ...]
     contents: dict[str, str]
     """What lies at the places that a configuration names, by its names there: a run that is continued shares it."""
@@ -68,15 +78,15 @@ def open_stage(config: StageConfig, *, notify: Callable[[str], None] | None = No
     assert codec is not None
     image_tokenizer, _ = load_image_tokenizer(codec)
     codes = codes_digest(image_tokenizer)
-    shards = _open_shards(config, wanted=codes, codec=codec)
-    loader = shards.get("drawn")
+    loaders = _open_shards(config, wanted=codes, codec=codec) if config.data.shards else None
     documents = _open_documents(config, wanted=codes, codec=codec)
     num_codes = image_tokenizer.config.num_codes
     shapes = shapes or ModelConfig(language=llm.config, semvie=source.semvie or SemVIEConfig(), num_codes=num_codes)
     if source.start_from is not None:
         check_model(source.start_from, shapes=shapes, llm=(language, llm.digest), codec=image_tokenizer.config)
-    grids, refines = _drawn_grids(documents) if loader is None else loader.grids, "upscale" in config.mix
-    shapes, grids = _fitted(config, shapes, grids=grids, pairs=shards.get("pairs", loader) if refines else None)
+    drawn, pairs = (None, None) if loaders is None else (loaders.drawn, loaders.pairs)
+    grids = _drawn_grids(documents) if drawn is None else drawn.grids
+    shapes, grids = _fitted(config, shapes, grids=grids, pairs=pairs)
     transformer = build_transformer(shapes, llm.tensors)
     start_visual(
         transformer,
@@ -91,25 +101,22 @@ def open_stage(config: StageConfig, *, notify: Callable[[str], None] | None = No
             language_digest=llm.digest,
             grids=grids,
             factor=image_tokenizer.config.factor,
-            upscale=config.upscale if refines else (info.upscale if info else None),
+            upscale=config.upscale if pairs else (info.upscale if info else None),
         ),
         transformer=transformer,
         text_tokenizer=TextTokenizer(llm.tokenizer, config=llm.tokenizer_config),
         image_tokenizer=image_tokenizer,
-        loader=loader,
-        held_out=shards.get("held_out"),
-        described=shards.get("described"),
-        pairs=shards.get("pairs"),
+        loaders=loaders,
         documents=documents,
         contents={"model.language": llm.digest, "model.image_tokenizer": codes}
-        | _contents("data.shards", shard_files(config.data.shards), what=f"{len(loader or ())} pictures")
-        | _contents("data.pairs", shard_files(config.data.pairs), what=f"{len(shards.get('pairs', ()))} pictures")
+        | _contents("data.shards", shard_files(config.data.shards), what=f"{len(drawn or ())} pictures")
+        | _contents("data.pairs", shard_files(config.data.pairs), what=f"{len(pairs or ())} pictures")
         | _contents("data.documents", config.data.documents if documents else (), what=f"{len(documents)} documents"),
     )
     if source.start_from is not None:
         path = source.start_from / "visual.safetensors"
         found, wanted = read_tensors(path), transformer.visual_tensors()
-        if refines and LOW_PROJECTION not in found:
+        if pairs and LOW_PROJECTION not in found:
             del wanted[LOW_PROJECTION]  # it starts at zero
         copy_tensors(found, into=wanted, where=str(path))
     return opened
@@ -183,36 +190,35 @@ def _open_language(
     return open_base_llm(language, revision=revision, notify=notify), language, revision
 
 
-def _open_shards(config: StageConfig, *, wanted: str, codec: Path) -> dict[str, Loader]:
-    """By name, those fields of `Opened` that a configuration asks for, `loader` as `drawn`.
+def _open_shards(config: StageConfig, *, wanted: str, codec: Path) -> Loaders:
+    """All that a configuration asks for.
 
     Args:
         wanted: the digest that all codes must have, which is that of `codec`.
     """
-    data, found = config.data, dict[str, Loader]()
-    upscales = "upscale" in config.mix
+    data, upscales = config.data, "upscale" in config.mix
 
-    def open_splits(name: str, *splits: str, kinds: dict[str, float], shards: Sequence[Path], pairs: bool) -> None:
-        scale = config.upscale.scale if pairs else None
+    def open_splits(*splits: str, kinds: dict[str, float], shards: tuple[Path, ...], paired: bool) -> Loader:
+        scale = config.upscale.scale if paired else None
         loader = Loader(shards, seed=config.seed, kinds=kinds, languages=data.languages, splits=splits, scale=scale)
         if loader.image_tokenizer != wanted:
             raise CheckpointError(
                 f"the shards hold codes of image tokenizer {loader.image_tokenizer[:19]}…, but "
                 f"{codec} is {wanted[:19]}…; encode the pictures again"
             )
-        found[name] = loader
+        return loader
 
-    if not data.shards:
-        return found
-    paired = upscales and not data.pairs
-    open_splits("drawn", "train", kinds=data.kinds, shards=data.shards, pairs=paired)
-    if data.held_out:
-        open_splits("held_out", *data.held_out, kinds=data.kinds, shards=data.shards, pairs=paired)
-    if data.described and "captioning" in config.mix:
-        open_splits("described", "train", kinds=data.described, shards=data.shards, pairs=paired)
-    if data.pairs and upscales:
-        open_splits("pairs", "train", kinds=data.kinds, shards=data.pairs, pairs=True)
-    return found
+    apart = bool(data.pairs)
+    of_shards = partial(open_splits, shards=data.shards, paired=upscales and not apart)
+    drawn = of_shards("train", kinds=data.kinds)
+    other = data.described if "captioning" in config.mix else {}
+    pairs = open_splits("train", kinds=data.kinds, shards=data.pairs, paired=True) if apart and upscales else drawn
+    return Loaders(
+        drawn=drawn,
+        described=of_shards("train", kinds=other) if other else drawn,
+        pairs=pairs if upscales else None,
+        held_out=of_shards(*data.held_out, kinds=data.kinds) if data.held_out else None,
+    )
 
 
 def _open_documents(config: StageConfig, *, wanted: str, codec: Path) -> tuple[Document, ...]:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from mars.data.documents import Document
-from mars.data.loader import Loader
 from mars.model.costs import FlopCount
 from mars.model.transformer import MarsTransformer
 from mars.sequence.text import TextTokenizer
 from mars.training.prefixes import PrefixStore
 from mars.training.process import Process
+from mars.training.setup import Loaders
 from mars.training.stages import StageConfig
 
 REMEMBERED = 2**17
@@ -34,13 +34,8 @@ class TaskContext:
     process: Process
     transformer: MarsTransformer
     text_tokenizer: TextTokenizer
-    loader: Loader | None
-    """Of code shards; none where all tasks learn documents."""
-    held_out: Loader | None
-    described: Loader | None = None
-    """Of the task `captioning`; none: as `loader`."""
-    pairs: Loader | None = None
-    """Of the task `upscale`; none: as `loader`."""
+    loaders: Loaders | None
+    """None where all tasks learn documents."""
     documents: Sequence[Document] = ()
 
     @cached_property
@@ -54,11 +49,17 @@ class TaskContext:
         return FlopCount(self.transformer)
 
     @property
+    def codes(self) -> Loaders:
+        """For the tasks that learn code shards."""
+        assert self.loaders is not None
+        return self.loaders
+
+    @property
     def height(self) -> int:
         """Rows of the codes that text to image draws."""
-        assert self.loader is not None
-        rows = self.loader.grids[0][0]
-        return rows // self.config.upscale.scale if self.loader.paired else rows
+        drawn = self.codes.drawn
+        rows = drawn.grids[0][0]
+        return rows // self.config.upscale.scale if drawn.paired else rows
 
     @cached_property
     def encode(self) -> Callable[[str], list[int]]:

@@ -81,8 +81,7 @@ class TextToImage(Task[Drawing]):
     @property
     def loader(self) -> Loader:
         """Of the pictures that are drawn."""
-        assert self.context.loader is not None
-        return self.context.loader
+        return self.context.codes.drawn
 
     def size(self) -> tuple[int, int | None]:
         """Pictures of a step, and how many rows of each are drawn; null is all."""
@@ -107,7 +106,7 @@ class TextToImage(Task[Drawing]):
 
     def held_out(self) -> list[Drawing]:
         """The first held-out pictures, each with one of its captions."""
-        loader = self.context.held_out
+        loader = self.context.codes.held_out
         if loader is None:
             return []
         count = min(HELD_OUT, len(loader))
@@ -171,11 +170,12 @@ class Upscale(TextToImage):
     @property
     def loader(self) -> Loader:
         """Of pictures in two sizes."""
-        return self.context.pairs or super().loader
+        assert self.context.codes.pairs is not None
+        return self.context.codes.pairs
 
     def held_out(self) -> list[Drawing]:
         """As the others, if they have both sizes."""
-        return super().held_out() if self.context.pairs is None else []
+        return super().held_out() if self.loader is self.context.codes.drawn else []
 
     def _example(self, sample: Sample, text: str, *, rows: int | None = None) -> Refining:
         assert sample.low is not None
@@ -221,9 +221,7 @@ class Captioning(Task[Reading]):
     def draw(self, number: int, generator: torch.Generator) -> list[Reading]:  # noqa: ARG002
         """Whole pictures and their captions, of nearly equal length: the text is most of the work, and so padding."""
         context, count = self.context, self.context.config.batch_size
-        loader = context.described or context.loader
-        assert loader is not None
-        samples = loader.batch_by_length(
+        samples = context.codes.described.batch_by_length(
             number * count,
             count,
             length=lambda caption: len(self._hint(caption)) + len(context.encode(caption.text)),

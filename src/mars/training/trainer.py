@@ -78,10 +78,7 @@ class Trainer:
                 process=self.process,
                 transformer=self.transformer,
                 text_tokenizer=opened.text_tokenizer,
-                loader=opened.loader,
-                held_out=opened.held_out,
-                described=opened.described,
-                pairs=opened.pairs,
+                loaders=opened.loaders,
                 documents=opened.documents,
             )
         )
