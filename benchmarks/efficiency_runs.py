@@ -123,9 +123,12 @@ def _speeds(log: Path) -> dict[int, float]:
     """Images per second up to a step since the one before, by step."""
     try:
         lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
-        return {int(line["step"]): float(line["images_per_second"]) for line in lines if "images_per_second" in line}
+        speeds = {int(line["step"]): float(line["images_per_second"]) for line in lines if "images_per_second" in line}
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{log} must be the log of a run, got: {error}") from None
+    if not speeds:
+        raise DataError(f"{log} must tell how fast at least one step was, got none; train with a smaller report_every")
+    return speeds
 
 
 def _seconds(samples: Sequence[int], speeds: Mapping[int, float]) -> float:
@@ -136,7 +139,7 @@ def _seconds(samples: Sequence[int], speeds: Mapping[int, float]) -> float:
         if end <= last:
             seconds.append(seconds[-1] + (samples[end] - samples[start]) / speeds[end])
     known = ends[: len(seconds)]
-    rest = (samples[last] - samples[known[-1]]) / speeds[ends[min(len(seconds), len(ends) - 1)]] if speeds else 0.0
+    rest = (samples[last] - samples[known[-1]]) / speeds[ends[min(len(seconds), len(ends) - 1)]]
     return seconds[-1] + rest
 
 

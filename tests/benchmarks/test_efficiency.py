@@ -48,9 +48,13 @@ def test_our_costs_are_those_of_the_examples_that_were_drawn(stage: Callable[...
     assert further[-1].seconds == pytest.approx(2 * points[-1].seconds)
 
 
-def test_a_run_without_checkpoints_is_told(stage: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_a_run_without_checkpoints_or_speeds_is_told(stage: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no checkpoint"):
         our_snapshots([from_dict(StageConfig, stage())])
+    unreported = from_dict(StageConfig, stage(tasks=EXACT, steps=2, save_every=1, report_every=10))
+    Trainer(unreported).train()
+    with pytest.raises(DataError, match="must tell how fast at least one step was, got none"):
+        our_snapshots([unreported])
     with pytest.raises(DataError, match="holds no snapshots"):
         diffusion_snapshots(tmp_path)
 
