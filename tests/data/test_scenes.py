@@ -8,7 +8,7 @@ from PIL import Image
 
 from mars.data.scene_combinations import concept_of, split_of
 from mars.data.scene_words import COLOURS, SHAPES, Scene, SceneObject, captions_of
-from mars.data.scenes import draw_scene, make_scene, make_scenes
+from mars.data.scenes import SPACINGS, draw_scene, make_scene, make_scenes
 from mars.errors import RequestError
 
 SCENES = [make_scene(index, seed=7) for index in range(4000)]
@@ -18,10 +18,11 @@ def pixels(scene: Scene) -> np.ndarray:
     return np.asarray(draw_scene(scene), dtype=np.int32)
 
 
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("size", [64, 100, 128, 256])
-def test_boxes_lie_inside_apart_and_as_the_relation_says(size: int) -> None:
+def test_boxes_lie_inside_apart_and_as_the_relation_says(size: int, spacing: int) -> None:
     for index in range(800):
-        scene = make_scene(index, seed=size, size=size)
+        scene = make_scene(index, seed=size, size=size, spacing=spacing)
         boxes = [item.box for item in scene.objects]
         for left, top, right, bottom in boxes:
             assert 0 < left < right < size
@@ -107,9 +108,29 @@ def test_things_stand_on_the_grid_of_the_codes() -> None:
         assert all(edge % 8 == 0 for item in scene.objects for edge in item.box)
 
 
+def test_things_on_every_second_place_are_told_by_the_same_cells_wherever_they_stand() -> None:
+    """Cells of two by two codes, which shapes of one name and size cut in one way; and the captions stay as varied."""
+    widths: dict[str, set[int]] = {}
+    wide = [make_scene(index, seed=7, spacing=2) for index in range(4000)]
+    for scene in wide:
+        for item in scene.objects:
+            left, top, right, _ = item.box
+            assert left % 16 == top % 16 == 8
+            widths.setdefault(scene.kind if scene.kind == "line" else item.size, set()).add(right - left)
+    assert widths == {"small": {24}, "medium": {48}, "large": {72}, "line": {24}}
+    for one, other in ((SCENES, wide), (wide, SCENES)):
+        assert {scene.kind for scene in one} == {scene.kind for scene in other}
+        assert len({concept_of(scene) for scene in one}) > 0.9 * len({concept_of(scene) for scene in other})
+
+
+def test_another_spacing_is_refused() -> None:
+    with pytest.raises(RequestError, match="the spacing of scenes must be 1 or 2 places, got 3"):
+        make_scene(0, seed=0, spacing=3)
+
+
 def test_a_picture_carries_the_record_of_its_scene() -> None:
-    for index, picture in enumerate(make_scenes(count=12, seed=5, size=96)):
-        scene = make_scene(index, seed=5, size=96)
+    for index, picture in enumerate(make_scenes(count=12, seed=5, size=96, spacing=2)):
+        scene = make_scene(index, seed=5, size=96, spacing=2)
         record = picture.record
         assert record.key == f"scene-{index:06d}"
         assert (record.style, record.source, record.licence) == ("scene", "scenes", "CC0-1.0")

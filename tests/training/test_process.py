@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mars.errors import CheckpointError, ConfigError
-from mars.training.process import Process, choose_device
+from mars.training.process import Process, choose_device, has_fast_bf16
 
 CPU = torch.device("cpu")
 
@@ -17,6 +17,17 @@ def test_a_device_is_the_one_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("auto") == CPU
     with pytest.raises(ConfigError, match="device must be 'cpu' or 'auto' here, got 'cuda'"):
         choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512_bf16", "fast"), [(True, False, True), (False, True, True), (False, False, False)]
+)
+def test_bf16_is_fast_on_a_cpu_with_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, *, amx: bool, avx512_bf16: bool, fast: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    assert has_fast_bf16(torch.device("cpu")) is fast
 
 
 def test_one_process_is_all_there_are() -> None:

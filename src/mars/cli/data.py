@@ -54,13 +54,15 @@ def scenes(
     count: Annotated[int, typer.Option(help="Pictures to draw.", min=1)] = 1500,
     seed: int = 0,
     size: Annotated[int, typer.Option(help="Pixels on each side.", min=64)] = 128,
+    spacing: Annotated[int, typer.Option(help="Things stand on every place of 16 (1) or every second (2).")] = 1,
     debug: Debug = False,
 ) -> None:
     """Draw captioned scenes of shapes, colours, counts and places."""
     from mars.data.scenes import make_scenes
     from mars.data.shards import write_pictures
 
-    typer.echo(f"{out}: {write_pictures(out, make_scenes(count=count, seed=seed, size=size)):,} pictures")
+    made = make_scenes(count=count, seed=seed, size=size, spacing=spacing)
+    typer.echo(f"{out}: {write_pictures(out, made):,} pictures")
 
 
 @data_app.command()

@@ -22,8 +22,11 @@ Point = tuple[float, float]
 GRID = 16
 """Things stand on a grid of so many places, which at 128 pixels is that of the shipped image tokenizer's codes: a shape
 is then told by the same codes wherever it stands."""
-# Widths in places. They leave gaps, so that a size word is never a matter of opinion; at 128 pixels the smallest shape
-# is 24 pixels wide.
+SPACINGS = (1, 2)
+"""Corners of things stand on every place, or on every second, half a cell of the shipped model (2 by 2 places) from
+where the cells begin: a shape is then told by the same cells too, wherever it stands."""
+# Widths in places, the least first. They leave gaps, so that a size word is never a matter of opinion; at 128 pixels
+# the smallest shape is 24 pixels wide.
 _SIZES: dict[Size, tuple[int, ...]] = {"small": (3, 4), "medium": (6, 7), "large": (9, 10)}
 _PAIR_SIZES: tuple[tuple[Size, Size], ...] = (
     ("medium", "medium"),
@@ -31,7 +34,8 @@ _PAIR_SIZES: tuple[tuple[Size, Size], ...] = (
     ("small", "medium"),
     ("small", "large"),
 )
-_WIDTH_IN_LINE = 4
+_WIDTHS_IN_LINE = {1: (4,), 2: (3,)}
+"""For each spacing."""
 _SUPERSAMPLING = 4
 
 
@@ -92,34 +96,42 @@ def _box(left: int, top: int, width: int, *, size: int) -> Box:
     return x, y, x + side, y + side
 
 
-def _boxes_apart(rng: random.Random, named: Size, number: int, *, size: int) -> list[Box]:
+def _widths(widths: tuple[int, ...], spacing: int) -> tuple[int, ...]:
+    """Things that stand on every second place have one width for each size."""
+    return widths if spacing == 1 else widths[:1]
+
+
+def _boxes_apart(rng: random.Random, named: Size, number: int, *, size: int, spacing: int) -> list[Box]:
     """One anywhere in the picture, or each anywhere in a quarter of the picture of its own; a free place around it."""
     cell = GRID if number == 1 else GRID // 2
     corners = [(0, 0)] if number == 1 else [(0, 0), (cell, 0), (0, cell), (cell, cell)]
     boxes = []
     for x, y in rng.sample(corners, number):
-        width = rng.choice([one for one in _SIZES[named] if one <= cell - 2])
-        furthest = cell - 1 - width
-        boxes.append(_box(x + rng.randint(1, furthest), y + rng.randint(1, furthest), width, size=size))
+        width = rng.choice([one for one in _widths(_SIZES[named], spacing) if one <= cell - 2])
+        left, top = (1 + spacing * rng.randint(0, (cell - 2 - width) // spacing) for _ in range(2))
+        boxes.append(_box(x + left, y + top, width, size=size))
     return boxes
 
 
-def _row_boxes(rng: random.Random, sizes: list[tuple[int, ...]], *, size: int) -> list[Box]:
+def _row_boxes(rng: random.Random, sizes: list[tuple[int, ...]], *, size: int, spacing: int) -> list[Box]:
     """One after another from left to right with a free place around each, their centres almost on one level.
 
     Args:
         sizes: of each, the widths to choose from.
     """
-    widths = [GRID]
-    while (slack := GRID - sum(widths) - len(sizes) - 1) < 0:
-        widths = [rng.choice(some) for some in sizes]
-    shifts = sorted(rng.randint(0, slack) for _ in widths)
+    slack = -1
+    while slack < 0:
+        widths = [rng.choice(_widths(some, spacing)) for some in sizes]
+        taken = [-(-(width + 1) // spacing) * spacing for width in widths]
+        slack = GRID - 1 - sum(taken[:-1]) - (widths[-1] + 1)
+    shifts = sorted(spacing * rng.randint(0, slack // spacing) for _ in widths)
     level = rng.randint(1 + max(widths) // 2, GRID - 1 - (max(widths) + 1) // 2)
     boxes = []
     left = 1
-    for shift, width in zip(shifts, widths, strict=True):
-        boxes.append(_box(left + shift, level - width // 2, width, size=size))
-        left += width + 1
+    for shift, width, step in zip(shifts, widths, taken, strict=True):
+        top = level - width // 2
+        boxes.append(_box(left + shift, top - (top - 1) % spacing, width, size=size))
+        left += step
     return boxes
 
 
@@ -128,25 +140,26 @@ def _names(rng: random.Random, number: int) -> list[tuple[str, str]]:
     return rng.sample([(shape, colour) for shape in SHAPES for colour in COLOURS], number)
 
 
-def _same_things(rng: random.Random, kind: Kind, size: int) -> Scene:
+def _same_things(rng: random.Random, kind: Kind, *, size: int, spacing: int) -> Scene:
     number = rng.randint(1, 4) if kind == "count" else 1
     [(shape, colour)] = _names(rng, 1)
     named = rng.choice(list(_SIZES) if kind == "single" else [each for each in _SIZES if each != "large"])
-    boxes = _boxes_apart(rng, named, number, size=size)
+    boxes = _boxes_apart(rng, named, number, size=size, spacing=spacing)
     objects = tuple(SceneObject(shape=shape, colour=colour, size=named, box=box) for box in boxes)
     return Scene(kind=kind, objects=objects, relation=None, size=size)
 
 
-def _different_things(rng: random.Random, kind: Kind, size: int) -> Scene:
+def _different_things(rng: random.Random, kind: Kind, *, size: int, spacing: int) -> Scene:
     relations: list[Relation] = ["left", "above"] if kind == "line" else ["left", "right", "above", "below"]
     relation = rng.choice(relations)
     sizes: list[Size]
     if kind == "pair":
         sizes = rng.sample(rng.choice(_PAIR_SIZES), 2)
-        boxes = _row_boxes(rng, [_SIZES[each] for each in sizes], size=size)
+        widths = [_SIZES[each] for each in sizes]
     else:
         sizes = ["medium"] * 3
-        boxes = _row_boxes(rng, [(_WIDTH_IN_LINE,)] * 3, size=size)
+        widths = [_WIDTHS_IN_LINE[spacing]] * 3
+    boxes = _row_boxes(rng, widths, size=size, spacing=spacing)
     if relation in ("above", "below"):
         boxes = [(top, left, bottom, right) for left, top, right, bottom in boxes]
     objects = [
@@ -158,30 +171,35 @@ def _different_things(rng: random.Random, kind: Kind, size: int) -> Scene:
     return Scene(kind=kind, objects=tuple(objects), relation=relation, size=size)
 
 
-def make_scene(index: int, *, seed: int, size: int = 128) -> Scene:
+def make_scene(index: int, *, seed: int, size: int = 128, spacing: int = 1) -> Scene:
     """The scene number `index` of a seed, whichever others are made.
 
+    Args:
+        spacing: one of `SPACINGS`.
+
     Raises:
-        RequestError: if `size` is below 64 pixels.
+        RequestError: if `size` is below 64 pixels, or for another spacing.
     """
     if size < 64:
         raise RequestError(f"scenes must be at least 64 pixels wide, got {size}; ask for 128 or more")
+    if spacing not in SPACINGS:
+        raise RequestError(f"the spacing of scenes must be 1 or 2 places, got {spacing}")
     rng = random.Random(f"{seed}/{index}")
     kind: Kind = rng.choice(("single", "count", "pair", "line"))
     compose = _same_things if kind in ("single", "count") else _different_things
-    return compose(rng, kind, size)
+    return compose(rng, kind, size=size, spacing=spacing)
 
 
-def make_scenes(*, count: int, seed: int, size: int = 128) -> Iterator[Picture]:
+def make_scenes(*, count: int, seed: int, size: int = 128, spacing: int = 1) -> Iterator[Picture]:
     """Draws `count` captioned scenes of `size` by `size` pixels; the same seed gives the same bytes.
 
-    Picture `scene-000012` shows `make_scene(12, seed=seed, size=size)`.
+    Picture `scene-000012` shows `make_scene(12, seed=seed, size=size, spacing=spacing)`.
 
     Raises:
-        RequestError: if `size` is below 64 pixels.
+        RequestError: as `make_scene`.
     """
     for index in range(count):
-        scene = make_scene(index, seed=seed, size=size)
+        scene = make_scene(index, seed=seed, size=size, spacing=spacing)
         png = io.BytesIO()
         draw_scene(scene).save(png, "PNG")
         record = Record(
