@@ -54,10 +54,10 @@ def test_no_training_scene_holds_a_held_out_combination_but_every_word_occurs() 
 def test_the_committed_codes_are_of_these_scenes_and_train_no_held_out_combination() -> None:
     coded, _ = read_codes(CODES)
     for index, one in enumerate(coded):
-        scene = make_scene(index, seed=0, spacing=2)
+        scene = make_scene(index, seed=0, spacing=2, rich=True)
         assert (one.record.captions, one.record.split) == (captions_of(scene), split_of(scene))
     trained = [caption.text for one in coded if one.record.split == "train" for caption in one.record.captions[:1]]
-    assert len(trained) == 9685
+    assert len(trained) == 20851
     for aspect in ("colour", "count", "size"):
         for combination in HELD_OUT[aspect]:
             found = words_of(combination)

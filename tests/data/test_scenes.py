@@ -7,11 +7,12 @@ import pytest
 from PIL import Image
 
 from mars.data.scene_combinations import concept_of, split_of
-from mars.data.scene_words import COLOURS, SHAPES, Scene, SceneObject, captions_of
+from mars.data.scene_words import ALL_COLOURS, ALL_SHAPES, COLOURS, SHAPES, Scene, SceneObject, captions_of
 from mars.data.scenes import SPACINGS, draw_scene, make_scene, make_scenes
 from mars.errors import RequestError
 
 SCENES = [make_scene(index, seed=7) for index in range(4000)]
+RICH = [make_scene(index, seed=7, spacing=2, rich=True) for index in range(4000)]
 
 
 def pixels(scene: Scene) -> np.ndarray:
@@ -60,7 +61,7 @@ def test_things_of_a_pair_or_line_differ_and_things_of_a_count_do_not() -> None:
 
 
 def test_pixels_are_white_outside_the_boxes_and_each_shape_touches_all_sides_of_its_box() -> None:
-    for scene in SCENES[:300]:
+    for scene in SCENES[:300] + RICH[:300]:
         inked = pixels(scene).min(axis=2) < 250
         for item in scene.objects:
             left, top, right, bottom = item.box
@@ -72,17 +73,17 @@ def test_pixels_are_white_outside_the_boxes_and_each_shape_touches_all_sides_of_
 
 
 def test_each_box_is_filled_with_its_own_colour() -> None:
-    for scene in SCENES[:300]:
+    for scene in SCENES[:300] + RICH[:300]:
         image = pixels(scene)
         for item in scene.objects:
             left, top, right, bottom = item.box
-            same = (image[top:bottom, left:right] == COLOURS[item.colour]).all(axis=2)
+            same = (image[top:bottom, left:right] == ALL_COLOURS[item.colour]).all(axis=2)
             assert same.mean() > 0.2
 
 
 def test_every_two_shapes_look_different() -> None:
     drawn = []
-    for shape in SHAPES:
+    for shape in ALL_SHAPES:
         item = SceneObject(shape=shape, colour="black", size="small", box=(10, 10, 34, 34))
         drawn.append(pixels(Scene(kind="single", objects=(item,), relation=None, size=64)) < 128)
     for one, two in itertools.combinations(drawn, 2):
@@ -123,14 +124,25 @@ def test_things_on_every_second_place_are_told_by_the_same_cells_wherever_they_s
         assert len({concept_of(scene) for scene in one}) > 0.9 * len({concept_of(scene) for scene in other})
 
 
+def test_rich_scenes_take_half_of_their_words_from_all_and_others_none() -> None:
+    def words(scenes: list[Scene]) -> tuple[set[str], set[str]]:
+        things = [item for scene in scenes for item in scene.objects]
+        return {item.shape for item in things}, {item.colour for item in things}
+
+    assert words(RICH) == (set(ALL_SHAPES), set(ALL_COLOURS))
+    assert words(SCENES) == (set(SHAPES), set(COLOURS))
+    plain = [scene for scene in RICH if words([scene])[0] <= SHAPES.keys() and words([scene])[1] <= COLOURS.keys()]
+    assert 0.5 < len(plain) / len(RICH) < 0.65  # half, and those of the others that happen to be plain
+
+
 def test_another_spacing_is_refused() -> None:
     with pytest.raises(RequestError, match="the spacing of scenes must be 1 or 2 places, got 3"):
         make_scene(0, seed=0, spacing=3)
 
 
 def test_a_picture_carries_the_record_of_its_scene() -> None:
-    for index, picture in enumerate(make_scenes(count=12, seed=5, size=96, spacing=2)):
-        scene = make_scene(index, seed=5, size=96, spacing=2)
+    for index, picture in enumerate(make_scenes(count=12, seed=5, size=96, spacing=2, rich=True)):
+        scene = make_scene(index, seed=5, size=96, spacing=2, rich=True)
         record = picture.record
         assert record.key == f"scene-{index:06d}"
         assert (record.style, record.source, record.licence) == ("scene", "scenes", "CC0-1.0")

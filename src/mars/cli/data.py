@@ -55,13 +55,16 @@ def scenes(
     seed: int = 0,
     size: Annotated[int, typer.Option(help="Pixels on each side.", min=64)] = 128,
     spacing: Annotated[int, typer.Option(help="Things stand on every place of 16 (1) or every second (2).")] = 1,
+    rich: Annotated[
+        bool, typer.Option(help="Half of them with more shapes and colours, which no bench asks for.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Draw captioned scenes of shapes, colours, counts and places."""
     from mars.data.scenes import make_scenes
     from mars.data.shards import write_pictures
 
-    made = make_scenes(count=count, seed=seed, size=size, spacing=spacing)
+    made = make_scenes(count=count, seed=seed, size=size, spacing=spacing, rich=rich)
     typer.echo(f"{out}: {write_pictures(out, made):,} pictures")
 
 

@@ -20,9 +20,9 @@ class SceneObject:
     """One shape; it touches all four sides of its box."""
 
     shape: str
-    """A key of `SHAPES`."""
+    """A key of `ALL_SHAPES`."""
     colour: str
-    """A key of `COLOURS`."""
+    """A key of `ALL_COLOURS`."""
     size: Size
     """`medium` is never named in a caption; in a line of three it is what fits."""
     box: Box
@@ -72,7 +72,34 @@ COLOURS = {
     "gray": (140, 140, 140),
 }
 """The exact RGB of every colour word."""
-CHINESE_COLOURS = dict(zip(COLOURS, "红橙黄绿蓝紫粉棕黑灰", strict=True))
+MORE_SHAPES = {
+    "pentagon": ShapeWords(plural="pentagons", chinese="五边形", measure="个"),
+    "hexagon": ShapeWords(plural="hexagons", chinese="六边形", measure="个"),
+    "arrow": ShapeWords(plural="arrows", chinese="箭头", measure="个"),
+    "trapezoid": ShapeWords(plural="trapezoids", chinese="梯形", measure="个"),
+    "lightning bolt": ShapeWords(plural="lightning bolts", chinese="闪电", measure="个"),
+    "house": ShapeWords(plural="houses", chinese="房子", measure="个"),
+}
+MORE_COLOURS = {
+    "cyan": (0, 190, 225),
+    "navy": (25, 35, 105),
+    "lime": (155, 220, 45),
+    "teal": (0, 125, 125),
+    "magenta": (225, 25, 160),
+    "maroon": (125, 20, 45),
+    "gold": (205, 160, 25),
+    "olive": (115, 120, 25),
+    "lavender": (190, 165, 240),
+    "beige": (225, 205, 165),
+    "turquoise": (65, 210, 185),
+    "coral": (255, 115, 85),
+}
+"""Words that only training uses: the more shapes a colour is seen with, and the other way round, the less can a pair of
+both be learned by heart."""
+ALL_SHAPES = SHAPES | MORE_SHAPES
+ALL_COLOURS = COLOURS | MORE_COLOURS
+_CHINESE = "红,橙,黄,绿,蓝,紫,粉,棕,黑,灰,青,藏青,黄绿,深青,品红,酒红,金,橄榄,淡紫,米,青绿,珊瑚"
+CHINESE_COLOURS = dict(zip(ALL_COLOURS, _CHINESE.split(","), strict=True))
 _CHINESE_SIZES = {"small": "小", "medium": "", "large": "大"}
 _CHINESE_SIDES = {"left": "左边", "right": "右边", "above": "上面", "below": "下面"}
 _ENGLISH_NUMBERS = ("", "one", "two", "three", "four")
@@ -91,11 +118,11 @@ def _english_article(name: str) -> str:
 
 def _chinese_name(item: SceneObject) -> str:
     size = _CHINESE_SIZES[item.size]
-    return f"{size and size + '的'}{CHINESE_COLOURS[item.colour]}色{SHAPES[item.shape].chinese}"
+    return f"{size and size + '的'}{CHINESE_COLOURS[item.colour]}色{ALL_SHAPES[item.shape].chinese}"
 
 
 def _chinese_counted(item: SceneObject) -> str:
-    return f"一{SHAPES[item.shape].measure}{_chinese_name(item)}"
+    return f"一{ALL_SHAPES[item.shape].measure}{_chinese_name(item)}"
 
 
 def _english_captions(scene: Scene) -> tuple[str, str]:
@@ -110,7 +137,7 @@ def _english_captions(scene: Scene) -> tuple[str, str]:
         case "count" if number == 1:
             return f"one {english_name(first)}", f"just one {first.shape}, which is {adjectives}"
         case "count":
-            plural = SHAPES[first.shape].plural
+            plural = ALL_SHAPES[first.shape].plural
             named = english_name(first).removesuffix(first.shape) + plural
             them = "both" if number == 2 else "all"
             word = _ENGLISH_NUMBERS[number]
@@ -131,7 +158,7 @@ def _english_captions(scene: Scene) -> tuple[str, str]:
 def _chinese_captions(scene: Scene) -> tuple[str, str]:
     """The phrasing that is trained on, and the one that is not."""
     first = scene.objects[0]
-    words = SHAPES[first.shape]
+    words = ALL_SHAPES[first.shape]
     colour, size = CHINESE_COLOURS[first.colour] + "色", _CHINESE_SIZES[first.size]
     number = len(scene.objects)
     match scene.kind:

@@ -9,11 +9,24 @@ import io
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
 from mars.data.scene_combinations import concept_of, split_of
-from mars.data.scene_words import COLOURS, SHAPES, Box, Kind, Relation, Scene, SceneObject, Size, captions_of
+from mars.data.scene_words import (
+    ALL_COLOURS,
+    ALL_SHAPES,
+    COLOURS,
+    SHAPES,
+    Box,
+    Kind,
+    Relation,
+    Scene,
+    SceneObject,
+    Size,
+    captions_of,
+)
 from mars.data.shards import Picture, Record
 from mars.errors import RequestError
 
@@ -46,6 +59,11 @@ def _polygon(corners: list[Point]) -> list[Point]:
     return [((x - left) / width, (y - top) / height) for x, y in corners]
 
 
+def _regular(corners: int) -> list[Point]:
+    angles = [math.tau * i / corners for i in range(corners)]
+    return [(math.sin(angle), -math.cos(angle)) for angle in angles]
+
+
 def _star() -> list[Point]:
     radii = [1.0, 0.42] * 5
     return [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate(radii)]
@@ -65,6 +83,12 @@ _POLYGONS = {
     "heart": _polygon(_heart()),
     "diamond": _polygon([(1, 0), (2, 1), (1, 2), (0, 1)]),
     "cross": _polygon([(1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1)]),
+    "pentagon": _polygon(_regular(5)),
+    "hexagon": _polygon(_regular(6)),
+    "arrow": _polygon([(3, 0), (6, 3), (4, 3), (4, 6), (2, 6), (2, 3), (0, 3)]),
+    "trapezoid": _polygon([(1, 0), (3, 0), (4, 4), (0, 4)]),
+    "lightning bolt": _polygon([(4, 0), (8, 0), (5, 4), (8, 4), (0, 10), (3, 5), (0, 5)]),
+    "house": _polygon([(3, 0), (6, 3), (5, 3), (5, 6), (1, 6), (1, 3), (0, 3)]),
 }
 
 
@@ -77,7 +101,7 @@ def draw_scene(scene: Scene) -> Image.Image:
         # Pillow counts the last pixel in.
         left, top = (edge * _SUPERSAMPLING for edge in item.box[:2])
         right, bottom = (edge * _SUPERSAMPLING - 1 for edge in item.box[2:])
-        colour = COLOURS[item.colour]
+        colour = ALL_COLOURS[item.colour]
         if item.shape in _POLYGONS:
             width, height = right - left, bottom - top
             corners = [(left + x * width, top + y * height) for x, y in _POLYGONS[item.shape]]
@@ -135,21 +159,31 @@ def _row_boxes(rng: random.Random, sizes: list[tuple[int, ...]], *, size: int, s
     return boxes
 
 
-def _names(rng: random.Random, number: int) -> list[tuple[str, str]]:
-    """Different (shape, colour) pairs."""
-    return rng.sample([(shape, colour) for shape in SHAPES for colour in COLOURS], number)
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What scenes are composed of. Lengths are pixels."""
+
+    size: int
+    spacing: int
+    rich: bool
+    """Whether half of the scenes may have all words."""
+
+    def names(self, rng: random.Random, number: int) -> list[tuple[str, str]]:
+        """Different (shape, colour) pairs."""
+        shapes, colours = (ALL_SHAPES, ALL_COLOURS) if self.rich and rng.random() < 0.5 else (SHAPES, COLOURS)
+        return rng.sample([(shape, colour) for shape in shapes for colour in colours], number)
 
 
-def _same_things(rng: random.Random, kind: Kind, *, size: int, spacing: int) -> Scene:
+def _same_things(rng: random.Random, kind: Kind, plan: _Plan) -> Scene:
     number = rng.randint(1, 4) if kind == "count" else 1
-    [(shape, colour)] = _names(rng, 1)
+    [(shape, colour)] = plan.names(rng, 1)
     named = rng.choice(list(_SIZES) if kind == "single" else [each for each in _SIZES if each != "large"])
-    boxes = _boxes_apart(rng, named, number, size=size, spacing=spacing)
+    boxes = _boxes_apart(rng, named, number, size=plan.size, spacing=plan.spacing)
     objects = tuple(SceneObject(shape=shape, colour=colour, size=named, box=box) for box in boxes)
-    return Scene(kind=kind, objects=objects, relation=None, size=size)
+    return Scene(kind=kind, objects=objects, relation=None, size=plan.size)
 
 
-def _different_things(rng: random.Random, kind: Kind, *, size: int, spacing: int) -> Scene:
+def _different_things(rng: random.Random, kind: Kind, plan: _Plan) -> Scene:
     relations: list[Relation] = ["left", "above"] if kind == "line" else ["left", "right", "above", "below"]
     relation = rng.choice(relations)
     sizes: list[Size]
@@ -158,24 +192,25 @@ def _different_things(rng: random.Random, kind: Kind, *, size: int, spacing: int
         widths = [_SIZES[each] for each in sizes]
     else:
         sizes = ["medium"] * 3
-        widths = [_WIDTHS_IN_LINE[spacing]] * 3
-    boxes = _row_boxes(rng, widths, size=size, spacing=spacing)
+        widths = [_WIDTHS_IN_LINE[plan.spacing]] * 3
+    boxes = _row_boxes(rng, widths, size=plan.size, spacing=plan.spacing)
     if relation in ("above", "below"):
         boxes = [(top, left, bottom, right) for left, top, right, bottom in boxes]
     objects = [
         SceneObject(shape=shape, colour=colour, size=each, box=box)
-        for (shape, colour), each, box in zip(_names(rng, len(sizes)), sizes, boxes, strict=True)
+        for (shape, colour), each, box in zip(plan.names(rng, len(sizes)), sizes, boxes, strict=True)
     ]
     if relation in ("right", "below"):
         objects.reverse()
-    return Scene(kind=kind, objects=tuple(objects), relation=relation, size=size)
+    return Scene(kind=kind, objects=tuple(objects), relation=relation, size=plan.size)
 
 
-def make_scene(index: int, *, seed: int, size: int = 128, spacing: int = 1) -> Scene:
+def make_scene(index: int, *, seed: int, size: int = 128, spacing: int = 1, rich: bool = False) -> Scene:
     """The scene number `index` of a seed, whichever others are made.
 
     Args:
         spacing: one of `SPACINGS`.
+        rich: whether half of the scenes take their words from all shapes and colours, training's too.
 
     Raises:
         RequestError: if `size` is below 64 pixels, or for another spacing.
@@ -187,19 +222,19 @@ def make_scene(index: int, *, seed: int, size: int = 128, spacing: int = 1) -> S
     rng = random.Random(f"{seed}/{index}")
     kind: Kind = rng.choice(("single", "count", "pair", "line"))
     compose = _same_things if kind in ("single", "count") else _different_things
-    return compose(rng, kind, size=size, spacing=spacing)
+    return compose(rng, kind, _Plan(size=size, spacing=spacing, rich=rich))
 
 
-def make_scenes(*, count: int, seed: int, size: int = 128, spacing: int = 1) -> Iterator[Picture]:
+def make_scenes(*, count: int, seed: int, size: int = 128, spacing: int = 1, rich: bool = False) -> Iterator[Picture]:
     """Draws `count` captioned scenes of `size` by `size` pixels; the same seed gives the same bytes.
 
-    Picture `scene-000012` shows `make_scene(12, seed=seed, size=size, spacing=spacing)`.
+    Picture `scene-000012` shows `make_scene(12, ...)` of the same arguments.
 
     Raises:
         RequestError: as `make_scene`.
     """
     for index in range(count):
-        scene = make_scene(index, seed=seed, size=size, spacing=spacing)
+        scene = make_scene(index, seed=seed, size=size, spacing=spacing, rich=rich)
         png = io.BytesIO()
         draw_scene(scene).save(png, "PNG")
         record = Record(
