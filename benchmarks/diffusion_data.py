@@ -65,7 +65,9 @@ def make_latents(
     Raises:
         DataError: if a picture is missing, or is not the one that was encoded (other pixels, or another size).
     """
-    places = {one.record.key: place for place, one in enumerate(wanted)}
+    places: dict[str, list[int]] = {}  # a shard may be listed more than once
+    for place, one in enumerate(wanted):
+        places.setdefault(one.record.key, []).append(place)
     rows, columns = wanted[0].codes.shape
     latents = torch.zeros(len(wanted), image_tokenizer.config.code_width, rows, columns, dtype=torch.float16)
     missing, right = set(places), 0
@@ -75,9 +77,9 @@ def make_latents(
         codes_N = image_tokenizer.quantizer.encode(vectors_BZRC.permute(0, 2, 3, 1).flatten(0, 2))
         codes_BRC = codes_N.view(len(some), rows, columns).numpy()
         for one, vectors_ZRC, codes_RC in zip(some, vectors_BZRC, codes_BRC, strict=True):
-            place = places[one.record.key]
-            latents[place] = vectors_ZRC.half()
-            right += int((codes_RC == wanted[place].codes).sum())
+            own = places[one.record.key]
+            latents[own] = vectors_ZRC.half()
+            right += len(own) * int((codes_RC == wanted[own[0]].codes).sum())
             missing.discard(one.record.key)
     if missing:
         raise DataError(f"{len(missing)} pictures of the code shards are in none of the picture shards: {min(missing)}")

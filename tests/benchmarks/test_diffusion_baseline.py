@@ -216,6 +216,18 @@ def test_another_image_tokenizer_or_llm_is_refused(trained: Baseline, pipe: Mars
         open_painter(trained.out, step=1, model=other, seed=0)
 
 
+def test_a_shard_that_is_listed_twice_has_its_latents_twice(
+    tiny_codes: Path, tiny_pictures: Path, tiny_model: Path
+) -> None:
+    data = DataConfig(shards=(tiny_codes, tiny_codes))
+    wanted = trained_pictures(data.shards, kinds=data.kinds, languages=data.languages)
+    image_tokenizer, _ = load_image_tokenizer(tiny_model)
+    latents = make_latents(wanted, [tiny_pictures], image_tokenizer=image_tokenizer, sizes=Sizes(factor=16))
+    first, second = latents.chunk(2)
+    assert torch.equal(first, second)
+    assert bool((first != 0).flatten(1).any(dim=1).all())
+
+
 def test_pictures_that_the_codes_were_not_made_from_are_refused(
     tiny_codes: Path, tiny_pictures: Path, tiny_model: Path
 ) -> None:
