@@ -135,9 +135,19 @@ def test_rich_scenes_take_half_of_their_words_from_all_and_others_none() -> None
     assert 0.5 < len(plain) / len(RICH) < 0.65  # half, and those of the others that happen to be plain
 
 
-def test_another_spacing_is_refused() -> None:
+def test_only_the_kinds_that_are_asked_for_are_made() -> None:
+    scenes = [make_scene(index, seed=7, kinds=("pair", "line")) for index in range(200)]
+    assert 60 < sum(scene.kind == "pair" for scene in scenes) < 140
+    assert {scene.kind for scene in scenes} == {"pair", "line"}
+
+
+def test_other_spacings_and_kinds_are_refused() -> None:
     with pytest.raises(RequestError, match="the spacing of scenes must be 1 or 2 places, got 3"):
         make_scene(0, seed=0, spacing=3)
+    with pytest.raises(RequestError, match="must be some of single, count, pair, line, got pairs"):
+        make_scene(0, seed=0, kinds=("pairs",))  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="got none"):
+        make_scene(0, seed=0, kinds=())
 
 
 def test_a_picture_carries_the_record_of_its_scene() -> None:

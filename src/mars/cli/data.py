@@ -1,7 +1,7 @@
 """`mars data ...`: picture sets, and their codes."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -58,13 +58,19 @@ def scenes(
     rich: Annotated[
         bool, typer.Option(help="Half of them with more shapes and colours, which no bench asks for.")
     ] = False,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="single, count, pair or line; may be given again. Default: all.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Draw captioned scenes of shapes, colours, counts and places."""
-    from mars.data.scenes import make_scenes
+    from mars.data.scene_words import Kind
+    from mars.data.scenes import KINDS, make_scenes
     from mars.data.shards import write_pictures
 
-    made = make_scenes(count=count, seed=seed, size=size, spacing=spacing, rich=rich)
+    made = make_scenes(
+        count=count, seed=seed, size=size, spacing=spacing, rich=rich, kinds=cast(list[Kind], kind) or KINDS
+    )
     typer.echo(f"{out}: {write_pictures(out, made):,} pictures")
 
 

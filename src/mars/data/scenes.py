@@ -8,7 +8,7 @@ belongs to which shape, and where things stand. Words are in `scene_words`; some
 import io
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
@@ -35,6 +35,7 @@ Point = tuple[float, float]
 GRID = 16
 """Things stand on a grid of so many places, which at 128 pixels is that of the shipped image tokenizer's codes: a shape
 is then told by the same codes wherever it stands."""
+KINDS: tuple[Kind, ...] = ("single", "count", "pair", "line")
 SPACINGS = (1, 2)
 """Corners of things stand on every place, or on every second, half a cell of the shipped model (2 by 2 places) from
 where the cells begin: a shape is then told by the same cells too, wherever it stands."""
@@ -205,27 +206,46 @@ def _different_things(rng: random.Random, kind: Kind, plan: _Plan) -> Scene:
     return Scene(kind=kind, objects=tuple(objects), relation=relation, size=plan.size)
 
 
-def make_scene(index: int, *, seed: int, size: int = 128, spacing: int = 1, rich: bool = False) -> Scene:
+def make_scene(
+    index: int,
+    *,
+    seed: int,
+    size: int = 128,
+    spacing: int = 1,
+    rich: bool = False,
+    kinds: Sequence[Kind] = KINDS,
+) -> Scene:
     """The scene number `index` of a seed, whichever others are made.
 
     Args:
         spacing: one of `SPACINGS`.
         rich: whether half of the scenes take their words from all shapes and colours, training's too.
+        kinds: each as likely.
 
     Raises:
-        RequestError: if `size` is below 64 pixels, or for another spacing.
+        RequestError: if `size` is below 64 pixels, or for another spacing or kind.
     """
     if size < 64:
         raise RequestError(f"scenes must be at least 64 pixels wide, got {size}; ask for 128 or more")
     if spacing not in SPACINGS:
         raise RequestError(f"the spacing of scenes must be 1 or 2 places, got {spacing}")
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise RequestError(f"kinds of scenes must be some of {', '.join(KINDS)}, got {', '.join(kinds) or 'none'}")
     rng = random.Random(f"{seed}/{index}")
-    kind: Kind = rng.choice(("single", "count", "pair", "line"))
+    kind = rng.choice(tuple(kinds))
     compose = _same_things if kind in ("single", "count") else _different_things
     return compose(rng, kind, _Plan(size=size, spacing=spacing, rich=rich))
 
 
-def make_scenes(*, count: int, seed: int, size: int = 128, spacing: int = 1, rich: bool = False) -> Iterator[Picture]:
+def make_scenes(
+    *,
+    count: int,
+    seed: int,
+    size: int = 128,
+    spacing: int = 1,
+    rich: bool = False,
+    kinds: Sequence[Kind] = KINDS,
+) -> Iterator[Picture]:
     """Draws `count` captioned scenes of `size` by `size` pixels; the same seed gives the same bytes.
 
     Picture `scene-000012` shows `make_scene(12, ...)` of the same arguments.
@@ -234,7 +254,7 @@ def make_scenes(*, count: int, seed: int, size: int = 128, spacing: int = 1, ric
         RequestError: as `make_scene`.
     """
     for index in range(count):
-        scene = make_scene(index, seed=seed, size=size, spacing=spacing, rich=rich)
+        scene = make_scene(index, seed=seed, size=size, spacing=spacing, rich=rich, kinds=kinds)
         png = io.BytesIO()
         draw_scene(scene).save(png, "PNG")
         record = Record(
