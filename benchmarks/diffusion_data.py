@@ -66,8 +66,8 @@ def make_latents(
         DataError: if a picture is missing, or is not the one that was encoded (other pixels, or another size).
     """
     places: dict[str, list[int]] = {}  # a shard may be listed more than once
-    for place, one in enumerate(wanted):
-        places.setdefault(one.record.key, []).append(place)
+    for place, coded in enumerate(wanted):
+        places.setdefault(coded.record.key, []).append(place)
     rows, columns = wanted[0].codes.shape
     latents = torch.zeros(len(wanted), image_tokenizer.config.code_width, rows, columns, dtype=torch.float16)
     missing, right = set(places), 0

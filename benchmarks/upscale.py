@@ -8,6 +8,7 @@ model sees. Rows of the table:
 
     bicubic of the small picture   enlarges pixels that no model sees
     bicubic of the small codes     enlarges what the small codes look like: what a model knows
+    the same, as codes             that, through the image tokenizer: what a model starts from (`--deviation`)
     K = ...                        the model, likeliest codes unless told otherwise
     true codes                     the image tokenizer's own codes of the truth: the most that a model can reach
 
@@ -19,7 +20,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,7 +39,7 @@ from mars.image_tokenizer.losses import PerceptualDistance
 from mars.image_tokenizer.metrics import psnr
 from mars.picture import on_white_page
 from mars.pipeline import MarsPipeline
-from mars.pipeline.upscaling import UPSCALE_SAMPLING, find_upscaling
+from mars.pipeline.upscaling import UPSCALE_DEVIATION, UPSCALE_SAMPLING, find_upscaling
 
 BATCH = 16
 """Pictures that are upscaled at once where time is not measured."""
@@ -64,22 +65,6 @@ def prompt_of(picture: Picture) -> str:
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     """Pictures of one size as (B, 3, height, width) in 0..1."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 255
-
-
-def upscaled(
-    pipe: MarsPipeline, codes: Tensor, prompts: list[str], *, sampling: Sampling, seed: int
-) -> tuple[list[Image.Image], Tensor]:
-    """Pictures and codes of all, some at a time."""
-    images: list[Image.Image] = []
-    found: list[Tensor] = []
-    for start in range(0, len(codes), BATCH):
-        part = slice(start, start + BATCH)
-        drawn = pipe.upscale(
-            codes[part], prompt=prompts[part], seed=list(range(seed, seed + len(codes)))[part], sampling=sampling
-        )
-        images += drawn.images
-        found.append(drawn.codes)
-    return images, torch.cat(found)
 
 
 class Judge:
@@ -128,6 +113,63 @@ def sheet(columns: dict[str, Sequence[Image.Image]], *, size: tuple[int, int]) -
     return page
 
 
+def sampling_of(given: argparse.Namespace) -> Sampling:
+    """How codes are chosen."""
+    return Sampling(temperature=given.temperature, guidance=given.guidance)
+
+
+def enlarged(
+    pipe: MarsPipeline, small: Sequence[Image.Image], codes: Tensor, *, size: tuple[int, int]
+) -> dict[str, Sequence[Image.Image]]:
+    """Bicubic enlargements."""
+
+    def larger(images: Sequence[Image.Image]) -> list[Image.Image]:
+        return [one.resize(size, Image.Resampling.BICUBIC) for one in images]
+
+    return {
+        "small": small,
+        "bicubic of the small picture": larger(small),
+        "bicubic of the small codes": larger(pipe.decode(codes)),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Larger:
+    """What a model made of small codes."""
+
+    images: list[Image.Image]
+    codes: Tensor
+    seconds: float
+    """For one picture alone."""
+    codes_per_step: int
+
+
+def draw_larger(pipe: MarsPipeline, codes: Tensor, prompts: list[str], *, given: argparse.Namespace) -> Larger:
+    """All pictures, and how long one takes."""
+    sampling, deviation = sampling_of(given), given.deviation or None
+    images: list[Image.Image] = []
+    found: list[Tensor] = []
+    for start in range(0, len(codes), BATCH):
+        part = slice(start, start + BATCH)
+        seeds = [given.seed + number for number in range(len(codes))[part]]
+        drawn = pipe.upscale(codes[part], prompt=prompts[part], seed=seeds, sampling=sampling, deviation=deviation)
+        images += drawn.images
+        found.append(drawn.codes)
+
+    def one(index: int) -> object:
+        return pipe.upscale(
+            codes[index : index + 1], prompt=prompts[index], seed=0, sampling=sampling, deviation=deviation
+        )
+
+    return Larger(
+        images=images,
+        codes=torch.cat(found),
+        seconds=seconds_each(one, given.timed),
+        codes_per_step=find_upscaling(pipe.model.info).codes_per_step,
+    )
+
+
+@torch.inference_mode()
 def measure(pipes: Sequence[MarsPipeline], pictures: Sequence[Picture], given: argparse.Namespace) -> dict[str, Any]:
     """All figures; the sheet of pictures goes into the folder."""
     first, how = pipes[0], find_upscaling(pipes[0].model.info)
@@ -142,38 +184,27 @@ def measure(pipes: Sequence[MarsPipeline], pictures: Sequence[Picture], given: a
     whole = [Image.fromarray(picture.pixels()) for picture in pictures]
     truth, small = ([on_white_page(one, size=size) for one in whole] for size in (high_size, low_size))
     prompts = [prompt_of(picture) for picture in pictures]
-    with torch.inference_mode():
-        low_codes, high_codes = codec.encode(to_tensor(small)), codec.encode(to_tensor(truth))
-
-    def larger(images: Sequence[Image.Image]) -> list[Image.Image]:
-        return [one.resize(high_size, Image.Resampling.BICUBIC) for one in images]
-
+    low_codes, high_codes = codec.encode(to_tensor(small)), codec.encode(to_tensor(truth))
     judge = Judge(truth)
-    seen = first.decode(low_codes)
-    columns: dict[str, Sequence[Image.Image]] = {
-        "small": small,
-        "bicubic of the small picture": larger(small),
-        "bicubic of the small codes": larger(seen),
-    }
-    bicubic = seconds_each(lambda index: larger(first.decode(low_codes[index : index + 1])), given.timed)
+    columns = enlarged(first, small, low_codes, size=high_size)
+    as_codes = codec.encode(to_tensor(columns["bicubic of the small codes"]))
+    columns["the same, as codes"] = first.decode(as_codes)
+    bicubic = seconds_each(
+        lambda index: enlarged(first, small[:1], low_codes[index : index + 1], size=high_size), given.timed
+    )
     rows: dict[str, dict[str, Any]] = {
         name: judge(images) | {"seconds": bicubic} for name, images in columns.items() if name != "small"
     }
-    sampling = Sampling(temperature=given.temperature, guidance=given.guidance)
+    rows["the same, as codes"]["codes_right"] = float((as_codes == high_codes).double().mean())
     for pipe in pipes:
-        block = find_upscaling(pipe.model.info).codes_per_step
-        name = f"{pipe.model.info.name}, K = {block}"
-        images, codes = upscaled(pipe, low_codes, prompts, sampling=sampling, seed=given.seed)
-        columns[name] = images
-
-        def one(index: int, pipe: MarsPipeline = pipe) -> object:
-            return pipe.upscale(low_codes[index : index + 1], prompt=prompts[index], seed=0, sampling=sampling)
-
-        rows[name] = judge(images) | {
-            "codes_per_step": block,
-            "steps": high[0] * high[1] // block,
-            "seconds": seconds_each(one, given.timed),
-            "codes_right": float((codes == high_codes).double().mean()),
+        drawn = draw_larger(pipe, low_codes, prompts, given=given)
+        name = f"{pipe.model.info.name}, K = {drawn.codes_per_step}"
+        columns[name] = drawn.images
+        rows[name] = judge(drawn.images) | {
+            "codes_per_step": drawn.codes_per_step,
+            "steps": high[0] * high[1] // drawn.codes_per_step,
+            "seconds": drawn.seconds,
+            "codes_right": float((drawn.codes == high_codes).double().mean()),
             "visual_digest": pipe.model.visual_digest,
         }
     columns["true codes"] = first.decode(high_codes)
@@ -185,7 +216,8 @@ def measure(pipes: Sequence[MarsPipeline], pictures: Sequence[Picture], given: a
         "pictures": len(pictures),
         "split": given.split,
         "sizes": [list(low_size), list(high_size)],
-        "sampling": asdict(sampling),
+        "sampling": asdict(sampling_of(given)),
+        "deviation": given.deviation or None,
         "threads": torch.get_num_threads(),
         "rows": rows,
     }
@@ -196,7 +228,8 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [
         f"{found['pictures']} held-out pictures ({found['split']}), "
         + " to ".join(f"{width}x{height}" for width, height in found["sizes"])
-        + f"; temperature {found['sampling']['temperature']}, guidance {found['sampling']['guidance']}.",
+        + f"; temperature {found['sampling']['temperature']}, guidance {found['sampling']['guidance']}, deviation "
+        f"{found['deviation']}.",
         "",
         "| | steps | seconds a picture | PSNR, dB (95 %) | perceptual distance (95 %) | codes as the true ones |",
         "|---|--:|--:|--:|--:|--:|",
@@ -223,6 +256,7 @@ def main() -> None:
     parser.add_argument("--timed", type=int, default=5, help="pictures whose time is taken, one by one")
     parser.add_argument("--temperature", type=float, default=UPSCALE_SAMPLING.temperature)
     parser.add_argument("--guidance", type=float, default=UPSCALE_SAMPLING.guidance)
+    parser.add_argument("--deviation", type=float, default=UPSCALE_DEVIATION, help="0 is the model alone")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of pictures, and of sampling")
     parser.add_argument("--out", type=Path, default=Path("out/upscale"))
     given = parser.parse_args()

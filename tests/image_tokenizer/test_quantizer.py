@@ -38,6 +38,17 @@ def by_hand(choice: str, vector: list[float], book: list[list[float]]) -> int:
 
 
 @pytest.mark.parametrize("choice", ["l2", "cosine", "dot", "lfq"])
+def test_the_code_of_a_vector_has_the_highest_score(choice: str) -> None:
+    found = quantizer(choice)
+    vectors = torch.randn(50, 4, generator=generator())
+    scores = found.scores(vectors)
+    assert torch.equal(scores.argmax(dim=1), found.encode(vectors))
+    if choice == "l2":
+        distances = torch.cdist(vectors, found.embedding.weight).square()
+        assert torch.allclose(scores - scores[:, :1], distances[:, :1] - distances, atol=1e-4)
+
+
+@pytest.mark.parametrize("choice", ["l2", "cosine", "dot", "lfq"])
 @torch.no_grad()
 def test_the_code_is_the_best_of_all(choice: str) -> None:
     model = quantizer(choice)

@@ -1,5 +1,5 @@
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,12 @@ from PIL import Image
 
 from mars.checkpoint import read_info
 from mars.errors import CheckpointError, ImageError, PromptError, RequestError
+from mars.generation.engine import draw
 from mars.generation.sampling import Sampling
 from mars.model.config import UpscaleConfig
 from mars.pipeline import MarsPipeline
-from mars.pipeline.upscaling import UPSCALE_SAMPLING
+from mars.pipeline.orders import upscale_order
+from mars.pipeline.upscaling import UPSCALE_DEVIATION, UPSCALE_SAMPLING, bicubic_priors
 
 CODES = torch.arange(18).view(3, 2, 3) * 3
 
@@ -34,7 +36,7 @@ def test_what_was_drawn_is_drawn_again_with_its_prompts_seeds_and_settings(upsca
     for before, after in zip(small.images, large.images, strict=True):
         settings = json.loads(after.info["settings"])
         assert settings.pop("upscale") == {
-            "codes_per_step": 4, "negative_prompt": "", **asdict(Sampling(guidance=2.0))
+            "deviation": UPSCALE_DEVIATION, "codes_per_step": 4, "negative_prompt": "", **asdict(Sampling(guidance=2.0))
         }  # fmt: skip
         assert settings == json.loads(before.info["settings"])
         assert after.info["prompt"] == before.info["prompt"]
@@ -46,15 +48,54 @@ def test_a_picture_of_any_size_a_file_and_its_codes_are_upscaled_alike(upscaler:
     large = small.resize((480, 320), Image.Resampling.NEAREST)
     large.save(tmp_path / "a.png")
     codes = upscaler.encode(large)[None]
-    found = [upscaler.upscale(one, prompt="x").codes for one in (large, tmp_path / "a.png", str(tmp_path / "a.png"))]
-    assert all(torch.equal(one, upscaler.upscale(codes, prompt="x").codes) for one in found)
+
+    def drawn(picture: Any, deviation: float | None) -> torch.Tensor:
+        return upscaler.upscale(picture, prompt="x", deviation=deviation).codes
+
+    for deviation, same in ((None, codes), (UPSCALE_DEVIATION, large)):
+        found = [drawn(one, deviation) for one in (large, tmp_path / "a.png", str(tmp_path / "a.png"))]
+        assert all(torch.equal(one, drawn(same, deviation)) for one in found)
+
+
+def test_codes_lie_as_near_to_those_of_a_bicubic_enlargement_as_the_deviation_says(upscaler: MarsPipeline) -> None:
+    codec = upscaler.model.image_tokenizer
+    enlarged = [one.resize((96, 64), Image.Resampling.BICUBIC) for one in upscaler.decode(CODES)]
+    pixels = torch.from_numpy(np.stack([np.asarray(one) for one in enlarged])).permute(0, 3, 1, 2).float() / 255
+    nearest = codec.encode(pixels)
+    free = upscaler.upscale(CODES, prompt="x", deviation=None).codes
+    shares = [
+        float((upscaler.upscale(CODES, prompt="x", deviation=one).codes == nearest).float().mean())
+        for one in (1e-3, 0.3, 1e4)
+    ]
+    assert shares[0] == 1
+    assert shares[0] >= shares[1] >= shares[2]
+    assert torch.equal(upscaler.upscale(CODES, prompt="x", deviation=1e4).codes, free)
+    assert not torch.equal(free, nearest)
+    (prior,) = bicubic_priors(codec, enlarged[:1], grid=(4, 6), deviation=0.3) or ()
+    assert torch.equal(prior.argmax(dim=2), nearest[0])
+
+
+def test_pictures_with_and_without_a_prior_are_drawn_beside_each_other(upscaler: MarsPipeline) -> None:
+    orders = [
+        upscale_order(upscaler, CODES[number : number + 1], prompt="x", seed=number, deviation=deviation)
+        for number, deviation in enumerate((1e-3, None, 0.3))
+    ]
+    alone = [draw(upscaler.model.transformer, order.requests)[0] for order in orders]
+    together = draw(upscaler.model.transformer, [one for order in orders for one in order.requests])
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def test_a_prior_of_another_shape_is_refused(upscaler: MarsPipeline) -> None:
+    (request,) = upscale_order(upscaler, CODES[:1]).requests
+    with pytest.raises(RequestError, match=r"the prior must have the shape \(4, 6, \d+\), got \(4, 6, 2\)"):
+        draw(upscaler.model.transformer, [replace(request, prior=torch.zeros(4, 6, 2))])
 
 
 def test_prompt_and_picture_matter_and_the_likeliest_codes_need_no_seed(upscaler: MarsPipeline) -> None:
-    base = upscaler.upscale(CODES, prompt="a red apple")
+    base = upscaler.upscale(CODES, prompt="a red apple", deviation=None)
     assert UPSCALE_SAMPLING.temperature == 0
-    assert torch.equal(upscaler.upscale(CODES, prompt="a red apple", seed=99).codes, base.codes)
-    assert not torch.equal(upscaler.upscale(CODES).codes, base.codes)
+    assert torch.equal(upscaler.upscale(CODES, prompt="a red apple", seed=99, deviation=None).codes, base.codes)
+    assert not torch.equal(upscaler.upscale(CODES, deviation=None).codes, base.codes)
     assert not torch.equal(base.codes[0], base.codes[1])
     drawn = [upscaler.upscale(CODES, seed=[1, 2, seed], sampling=Sampling()).codes for seed in (3, 4, 3)]
     assert torch.equal(drawn[0], drawn[2])
@@ -70,6 +111,7 @@ def test_prompt_and_picture_matter_and_the_likeliest_codes_need_no_seed(upscaler
         (CODES[:0], {}, RequestError, r"got \(0, 2, 3\)"),
         (CODES, {"prompt": ["a", "b"]}, RequestError, r"one per picture \(3\), got 2"),
         (CODES, {"seed": [1]}, RequestError, r"one per picture \(3\), got 1"),
+        (CODES, {"deviation": 0.0}, RequestError, "deviation must be positive, or none for the model alone, got 0.0"),
         (CODES, {"seed": -1}, RequestError, "seed must lie in"),
         (CODES, {"prompt": "x" * 600}, PromptError, "at most 512 tokens, got 601"),
         (CODES, {"prompt": "x" * 180}, RequestError, "must fit into 192 positions"),

@@ -26,6 +26,9 @@ def upscale(
     prompt: Annotated[str, typer.Option(help="What the picture shows; it helps.")] = "",
     out: Annotated[Path, typer.Option("--out", "-o", help="A picture file, or a folder.")] = Path("mars.png"),
     seed: Annotated[int | None, typer.Option(help="With a temperature: the same seed draws the same picture.")] = None,
+    deviation: Annotated[
+        float, typer.Option(help="How far from a bicubic enlargement, the codebook's own being 1; 0 is any.", min=0)
+    ] = 0.3,
     guidance: Guidance = None,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -48,7 +51,9 @@ def upscale(
     pipe = open_pipeline(model, precision=precision)
     find_upscaling(pipe.model.info)
     with bar("upscaling") as progress:
-        drawn = pipe.upscale(opened, prompt=prompt, seed=seed, sampling=sampling, progress=progress)
+        drawn = pipe.upscale(
+            opened, prompt=prompt, seed=seed, sampling=sampling, deviation=deviation or None, progress=progress
+        )
     save(drawn, files)
     if as_json:
         pictures = [{"file": str(files[0]), "prompt": prompt, "seed": drawn.seeds[0]}]

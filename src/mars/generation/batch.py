@@ -179,6 +179,8 @@ class Batch:
                 places = request.order()
                 self.known_PN[number, : len(places)] = request.known.flatten()[places].to(self.device)
         self.low_PN += self.transformer.vocabulary.first_code
+        self.priors = [None if one.prior is None else one.prior.flatten(0, 1)[one.order()] for one in requests]
+        """(N, V) of each picture, in the order in which it is drawn."""
 
     def step(self) -> int:
         """Draws the next block of every picture; returns how many codes that are."""
@@ -221,6 +223,8 @@ class Batch:
         for slot in range(self.slots):
             states_BTD = self.transformer.next_state(hidden_BTD, [self.guidance.spread(one) for one in chosen])
             guided_PTV, prompted_PTV = self._logits(states_BTD, places_PTS[..., slot])
+            if any(prior is not None for prior in self.priors):
+                guided_PTV = guided_PTV + self._prior(places_PTS[..., slot])
             drawn = self.sampler.choose(guided_PTV.flatten(0, 1), None if noise is None else noise[:, slot])
             known_PT = known_PTS[..., slot]
             drawn_PT = torch.where(known_PT < 0, drawn.view_as(known_PT), known_PT)
@@ -229,6 +233,15 @@ class Batch:
                 self.likelihoods_P -= surprises_PT.sum(dim=1)
             chosen.append(drawn_PT)
         return torch.stack(chosen, dim=2).flatten(1)
+
+    def _prior(self, places_PT: Tensor) -> Tensor:
+        """What is added to the logits of codes, (P, T, V)."""
+        ids = self.transformer.vocabulary.num_codes
+        found = [
+            torch.zeros(len(places_T), ids) if prior is None else prior[places_T.to(prior.device)]
+            for prior, places_T in zip(self.priors, places_PT, strict=True)
+        ]
+        return torch.stack([one.to(self.device) for one in found])
 
     def _logits(self, states_BTD: Tensor, places_PT: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits of codes (P, T, V): guided, and without guidance where candidates are ranked by them, in fp32.

@@ -34,6 +34,8 @@ class DrawRequest:
     sampling: Sampling
     low: Tensor | None = None
     """(R, C) codes of the smaller image that is drawn again; the grid is a whole number of times larger."""
+    prior: Tensor | None = None
+    """(R, C, V) what is added to the logits of each code: what is known of the picture beside prompt and `low`."""
     side: int = 1
     """Codes on each side of the square that a step draws."""
     cell: int = 1
@@ -117,6 +119,11 @@ class DrawRequest:
                 f"known codes must fill a grid of {self.grid[0]}x{self.grid[1]} and be below "
                 f"{transformer.vocabulary.num_codes}, got {'x'.join(map(str, self.known.shape))} up to "
                 f"{int(self.known.max())}"
+            )
+        if self.prior is not None and self.prior.shape != (*self.grid, transformer.vocabulary.num_codes):
+            raise RequestError(
+                f"the prior must have the shape {(*self.grid, transformer.vocabulary.num_codes)}, "
+                f"got {tuple(self.prior.shape)}"
             )
         if self.sampling.window != 1 and (self.low is not None or self.side > 1):
             raise RequestError(

@@ -35,16 +35,21 @@ class Quantizer(nn.Module):
 
     def encode(self, vectors_NZ: Tensor) -> Tensor:
         """The code of each vector, (N,) int64."""
-        book_VZ = self.embedding.weight
         if self.choice == "lfq":
             powers_Z = 2 ** torch.arange(vectors_NZ.shape[1], device=vectors_NZ.device)
             return ((vectors_NZ > 0) * powers_Z).sum(dim=1)
+        return (self.scores(vectors_NZ) + self.bias).argmax(dim=1)
+
+    def scores(self, vectors_NZ: Tensor) -> Tensor:
+        """How well each code fits each vector, (N, V), `bias` left out; up to a constant for each vector minus the
+        squared distance, but for `cosine` and `dot`, where it is the product."""
+        book_VZ = self.embedding.weight
         if self.choice == "cosine":
             vectors_NZ, book_VZ = F.normalize(vectors_NZ, dim=1), F.normalize(book_VZ, dim=1)
         score_NV = vectors_NZ @ book_VZ.T
-        if self.choice == "l2":  # |v - b|^2 = |v|^2 - 2 v b + |b|^2, and |v|^2 is the same for all codes
+        if self.choice in ("l2", "lfq"):  # |v - b|^2 = |v|^2 - 2 v b + |b|^2, and |v|^2 is the same for all codes
             score_NV = 2 * score_NV - book_VZ.square().sum(dim=1)
-        return (score_NV + self.bias).argmax(dim=1)
+        return score_NV
 
     def decode(self, codes: Tensor) -> Tensor:
         """The codebook vector of each code, (..., Z)."""

@@ -32,7 +32,7 @@ from mars.pipeline.editing import Margins, edit_order
 from mars.pipeline.orders import DEFAULT_SAMPLING, Generated, Order, draw_order, upscale_order
 from mars.pipeline.saving import save_with_card
 from mars.pipeline.scoring import Scorer
-from mars.pipeline.upscaling import UPSCALE_SAMPLING
+from mars.pipeline.upscaling import UPSCALE_DEVIATION, UPSCALE_SAMPLING
 from mars.pipeline.writing import Piece, Said, captioning, document, reply
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "mars-mini"
@@ -238,6 +238,7 @@ class MarsPipeline:
         seed: int | Sequence[int] | None = None,
         negative_prompt: str = "",
         sampling: Sampling = UPSCALE_SAMPLING,
+        deviation: float | None = UPSCALE_DEVIATION,
         progress: Progress | None = None,
     ) -> Generated:
         """Draws pictures again, as many times larger as the model was trained to.
@@ -245,18 +246,17 @@ class MarsPipeline:
         Args:
             picture: a file, a picture (fitted onto a white page of the model's size), codes (B, R, C), or what a call
                 drew.
-            prompt: what the picture shows, for all or one for each; default: what it was drawn for, or nothing.
-            seed: as for a call; default: those that it was drawn with.
-            negative_prompt, sampling, progress: as for a call.
+            prompt: what it shows, for all or one for each; default: what it was drawn for, or nothing.
+            seed, negative_prompt, sampling, progress: as for a call; default seeds: those that it was drawn with.
+            deviation: of codes from a bicubic enlargement's, where the codebook's own is 1; None allows any.
 
         Raises:
             RequestError: if the model cannot upscale, or not from this grid, or a number of prompts or seeds is wrong.
             PromptError: if a prompt is too long.
             ImageError: if a file is no picture.
         """
-        order = upscale_order(
-            self, picture, prompt=prompt, seed=seed, negative_prompt=negative_prompt, sampling=sampling
-        )
+        order = upscale_order(self, picture, prompt=prompt, seed=seed, negative_prompt=negative_prompt,
+                              sampling=sampling, deviation=deviation)  # fmt: skip
         return self._draw(order, progress=progress)
 
     def edit(

@@ -16,10 +16,16 @@ from mars.errors import PromptError, RequestError
 from mars.generation.request import DrawRequest
 from mars.generation.sampling import Sampling
 from mars.generation.scheduler import MAX_TOKENS
-from mars.picture import GeneratedImage, open_picture
+from mars.picture import GeneratedImage, on_white_page, open_picture
 from mars.pipeline.checks import all_seeds, find_grid
 from mars.pipeline.scoring import Scorer, scorer_name
-from mars.pipeline.upscaling import UPSCALE_SAMPLING, check_low_codes, find_upscaling
+from mars.pipeline.upscaling import (
+    UPSCALE_DEVIATION,
+    UPSCALE_SAMPLING,
+    bicubic_priors,
+    check_low_codes,
+    find_upscaling,
+)
 
 if TYPE_CHECKING:
     from mars.pipeline import MarsPipeline
@@ -118,10 +124,12 @@ def upscale_order(
     seed: int | Sequence[int] | None = None,
     negative_prompt: str = "",
     sampling: Sampling = UPSCALE_SAMPLING,
+    deviation: float | None = UPSCALE_DEVIATION,
 ) -> Order:
     """Pictures to draw again; arguments and errors are those of `MarsPipeline.upscale`."""
     how = find_upscaling(pipe.model.info)
     drawn: list[dict[str, Any]] = []
+    whole: list[Image.Image] | None = None
     if isinstance(picture, Generated):
         prompt = picture.prompts if prompt is None else prompt
         seed = picture.seeds if seed is None else seed
@@ -131,7 +139,7 @@ def upscale_order(
         codes = picture
     else:
         image = open_picture(Path(picture)) if isinstance(picture, str | Path) else picture
-        codes = pipe.encode(image)[None]
+        codes, whole = pipe.encode(image)[None], [on_white_page(image, size=pipe.sizes[0])]
     check_low_codes(codes, grids=pipe.model.info.grids)
     prompts = [prompt or ""] * len(codes) if prompt is None or isinstance(prompt, str) else list(prompt)
     if len(prompts) != len(codes):
@@ -139,13 +147,22 @@ def upscale_order(
     seeds = all_seeds(seed, prompts=len(codes), n=1)
     ids = {text: pipe.prompt_ids(text) for text in {*prompts, negative_prompt}}
     grid = codes.shape[1] * how.scale, codes.shape[2] * how.scale
+    priors: Sequence[Tensor | None] | None = None
+    if deviation is not None:
+        small = whole or pipe.decode(codes)
+        priors = bicubic_priors(pipe.model.image_tokenizer, small, grid=grid, deviation=deviation)
     requests = [
         DrawRequest(
             prompt=ids[text], free=ids[negative_prompt], grid=grid, seed=number, sampling=sampling, low=low,
-            side=how.side, cell=pipe.model.transformer.vocabulary.cell,
+            prior=prior, side=how.side, cell=pipe.model.transformer.vocabulary.cell,
         )
-        for text, number, low in zip(prompts, seeds, codes, strict=True)
+        for text, number, low, prior in zip(prompts, seeds, codes, priors or [None] * len(codes), strict=True)
     ]  # fmt: skip
-    asked = {"codes_per_step": how.codes_per_step, "negative_prompt": negative_prompt, **asdict(sampling)}
+    asked = {
+        "deviation": deviation,
+        "codes_per_step": how.codes_per_step,
+        "negative_prompt": negative_prompt,
+        **asdict(sampling),
+    }
     settings = [{**before, "upscale": asked} for before in drawn or [{}] * len(codes)]
     return Order(prompts=prompts, seeds=seeds, requests=requests, settings=settings)
