@@ -52,7 +52,8 @@ def test_no_training_scene_holds_a_held_out_combination_but_every_word_occurs() 
 
 
 @pytest.mark.parametrize(
-    ("name", "seed", "kinds", "trains"), [("scenes", 0, KINDS, 20851), ("pairs", 1, ("pair",), 8576)]
+    ("name", "seed", "kinds", "trains"),
+    [("scenes", 0, KINDS, 20851), ("pairs", 1, ("pair",), 8576), ("counts", 2, ("count", "single"), 7437)],
 )
 def test_the_committed_codes_are_of_these_scenes_and_train_no_held_out_combination(
     name: str, seed: int, kinds: tuple[Kind, ...], trains: int
