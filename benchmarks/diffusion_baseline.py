@@ -128,7 +128,7 @@ class Baseline:
         path, data = self.out / "latents.safetensors", self.stage.data
         if not path.is_file():
             self.notify("encoding the pictures (once)")
-            wanted = trained_pictures(data.shards, kinds=data.kinds, languages=data.languages)
+            wanted = trained_pictures(data.repeated, kinds=data.kinds, languages=data.languages)
             sizes = Sizes(factor=opened.image_tokenizer.config.factor, sizes=() if size is None else (size,))
             found = make_latents(wanted, pictures, image_tokenizer=opened.image_tokenizer, sizes=sizes)
             save_tensors(path, {"latents": found})

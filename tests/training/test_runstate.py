@@ -172,6 +172,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "optimizer.name": {"optimizer": {"name": "muon"}},
     "optimizer.betas": {"optimizer": {"betas": [0.9, 0.99]}},
     "data.kinds": {"data": {"kinds": {"name": 1.0}}},
+    "data.repeats": {"data": {"repeats": [2]}},
     "data.described": {"data": {"described": {"name": 1.0}}},
     "data.languages": {"data": {"languages": {"en": 1.0}}},
     "data.held_out": {"data": {"held_out": ["concept"]}},

@@ -78,3 +78,12 @@ def test_a_grid_that_cells_do_not_fill_is_refused(stage: Stage) -> None:
     cells = {"semvie": table["model"]["semvie"] | {"cell": 2}}
     with pytest.raises(ConfigError, match="cells of 2x2 codes must fill the grid, got 2x3"):
         opened(table, **table["model"] | cells)
+
+
+def test_pictures_of_a_shard_come_as_often_in_an_epoch_as_it_is_repeated(stage: Stage) -> None:
+    table = stage()
+    once = opened(table).loaders
+    thrice = opened(table | {"data": table["data"] | {"repeats": [3] * len(table["data"]["shards"])}}).loaders
+    assert once is not None
+    assert thrice is not None
+    assert len(thrice.drawn) == 3 * len(once.drawn)

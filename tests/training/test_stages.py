@@ -34,6 +34,11 @@ def test_a_stage_survives_a_round_trip(stage: Callable[..., dict[str, Any]]) -> 
         ({"tasks": {"captioning": 0.0}}, "tasks must name at least one with a share above 0"),
         ({"tasks": {"painting": 1.0}}, r"unknown task tasks\.painting; known tasks are text_to_image, "),
         ({"data": {}}, r"data\.shards must name at least one code shard for tasks\.text_to_image, got none"),
+        (
+            {"data": {"shards": ["a", "b"], "repeats": [2]}},
+            r"repeats must hold a number of at least 1 for each of 2 sh",
+        ),
+        ({"data": {"shards": ["a", "b"], "repeats": [2, 0]}}, r"for each of 2 shards, got \[2, 0\]"),
         ({"tasks": {"editing": 1.0}}, r"tasks\.editing learns documents: set data\.documents"),
         ({"stage": "align"}, "stage 'align' continues a model: set model.start_from"),
         ({"model": {}}, r"model\.image_tokenizer is required"),

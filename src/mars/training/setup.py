@@ -209,7 +209,7 @@ def _open_shards(config: StageConfig, *, wanted: str, codec: Path) -> Loaders:
         return loader
 
     apart = bool(data.pairs)
-    of_shards = partial(open_splits, shards=data.shards, paired=upscales and not apart)
+    of_shards = partial(open_splits, shards=data.repeated, paired=upscales and not apart)
     drawn = of_shards("train", kinds=data.kinds)
     other = data.described if "captioning" in config.mix else {}
     pairs = open_splits("train", kinds=data.kinds, shards=data.pairs, paired=True) if apart and upscales else drawn

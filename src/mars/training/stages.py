@@ -98,6 +98,8 @@ class DataConfig:
 
     shards: tuple[Path, ...] = ()
     """Code shards or folders of them, for all other tasks than those of documents."""
+    repeats: tuple[int, ...] = ()
+    """How often the pictures of each of the shards come in an epoch; none is once each."""
     pairs: tuple[Path, ...] = ()
     """Code shards of pictures in two sizes, for the task `upscale`; none: all tasks learn the pictures of `shards` that
     have both sizes. With them the held-out loss is that of `shards`, so another task must have more of the steps."""
@@ -118,6 +120,17 @@ class DataConfig:
         _check_shares("data.languages", self.languages)
         if "train" in self.held_out:
             raise ConfigError("data.held_out must name splits that are not trained on, got 'train'")
+        if self.repeats and (len(self.repeats) != len(self.shards) or min(self.repeats) < 1):
+            raise ConfigError(
+                f"data.repeats must hold a number of at least 1 for each of {len(self.shards)} shards, "
+                f"got {list(self.repeats)}"
+            )
+
+    @property
+    def repeated(self) -> tuple[Path, ...]:
+        """The shards, each as often as it comes in an epoch."""
+        repeats = self.repeats or (1,) * len(self.shards)
+        return tuple(path for path, times in zip(self.shards, repeats, strict=True) for _ in range(times))
 
 
 @dataclass(frozen=True, kw_only=True)
