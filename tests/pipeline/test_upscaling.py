@@ -71,8 +71,9 @@ def test_codes_lie_as_near_to_those_of_a_bicubic_enlargement_as_the_deviation_sa
     assert shares[0] >= shares[1] >= shares[2]
     assert torch.equal(upscaler.upscale(CODES, prompt="x", deviation=1e4).codes, free)
     assert not torch.equal(free, nearest)
-    (prior,) = bicubic_priors(codec, enlarged[:1], grid=(4, 6), deviation=0.3) or ()
-    assert torch.equal(prior.argmax(dim=2), nearest[0])
+    priors = bicubic_priors(codec, enlarged[:1], grid=(4, 6), deviation=0.3)
+    assert priors is not None
+    assert torch.equal(priors[0].argmax(dim=2), nearest[0])
 
 
 def test_pictures_with_and_without_a_prior_are_drawn_beside_each_other(upscaler: MarsPipeline) -> None:
