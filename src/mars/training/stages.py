@@ -123,7 +123,7 @@ class DataConfig:
         if self.repeats and (len(self.repeats) != len(self.shards) or min(self.repeats) < 1):
             raise ConfigError(
                 f"data.repeats must hold a number of at least 1 for each of {len(self.shards)} shards, "
-                f"got {list(self.repeats)}"
+                f"got {list(self.repeats)}; where data.shards is set, set data.repeats too ([] is once each)"
             )
 
     @property
