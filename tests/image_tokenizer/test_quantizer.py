@@ -43,8 +43,10 @@ def test_the_code_of_a_vector_has_the_highest_score(choice: str) -> None:
     vectors = torch.randn(50, 4, generator=generator())
     scores = found.scores(vectors)
     assert torch.equal(scores.argmax(dim=1), found.encode(vectors))
-    if choice == "l2":
-        distances = torch.cdist(vectors, found.embedding.weight).square()
+    if choice != "dot":
+        book = found.decode(torch.arange(16))
+        seen = torch.nn.functional.normalize(vectors, dim=1) if choice == "cosine" else vectors
+        distances = torch.cdist(seen, book).square()
         assert torch.allclose(scores - scores[:, :1], distances[:, :1] - distances, atol=1e-4)
 
 

@@ -13,7 +13,7 @@ from mars.errors import CheckpointError, ImageError, PromptError, RequestError
 from mars.generation.engine import draw
 from mars.generation.sampling import Sampling
 from mars.model.config import UpscaleConfig
-from mars.pipeline import MarsPipeline
+from mars.pipeline import MarsPipeline, upscaling
 from mars.pipeline.orders import upscale_order
 from mars.pipeline.upscaling import UPSCALE_DEVIATION, UPSCALE_SAMPLING, bicubic_priors
 
@@ -71,9 +71,8 @@ def test_codes_lie_as_near_to_those_of_a_bicubic_enlargement_as_the_deviation_sa
     assert shares[0] >= shares[1] >= shares[2]
     assert torch.equal(upscaler.upscale(CODES, prompt="x", deviation=1e4).codes, free)
     assert not torch.equal(free, nearest)
-    priors = bicubic_priors(codec, enlarged[:1], grid=(4, 6), deviation=0.3)
-    assert priors is not None
-    assert torch.equal(priors[0].argmax(dim=2), nearest[0])
+    (prior,) = bicubic_priors(codec, enlarged[:1], grid=(4, 6), deviation=0.3)
+    assert torch.equal(prior.argmax(dim=2), nearest[0])
 
 
 def test_pictures_with_and_without_a_prior_are_drawn_beside_each_other(upscaler: MarsPipeline) -> None:
@@ -84,6 +83,15 @@ def test_pictures_with_and_without_a_prior_are_drawn_beside_each_other(upscaler:
     alone = [draw(upscaler.model.transformer, order.requests)[0] for order in orders]
     together = draw(upscaler.model.transformer, [one for order in orders for one in order.requests])
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def test_a_codebook_that_is_too_large_has_no_prior_and_the_picture_says_so(
+    upscaler: MarsPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upscaling, "MOST_CODES", 1)
+    drawn = upscaler.upscale(CODES, prompt="x", deviation=1e-3)
+    assert json.loads(drawn.images[0].info["settings"])["upscale"]["deviation"] is None
+    assert torch.equal(drawn.codes, upscaler.upscale(CODES, prompt="x", deviation=None).codes)
 
 
 def test_a_prior_of_another_shape_is_refused(upscaler: MarsPipeline) -> None:

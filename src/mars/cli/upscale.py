@@ -27,8 +27,9 @@ def upscale(
     out: Annotated[Path, typer.Option("--out", "-o", help="A picture file, or a folder.")] = Path("mars.png"),
     seed: Annotated[int | None, typer.Option(help="With a temperature: the same seed draws the same picture.")] = None,
     deviation: Annotated[
-        float, typer.Option(help="How far from a bicubic enlargement, the codebook's own being 1; 0 is any.", min=0)
-    ] = 0.3,
+        float | None,
+        typer.Option(help="How far from a bicubic enlargement, the codebook's own being 1; 0 is any.", min=0),
+    ] = None,
     guidance: Guidance = None,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -41,7 +42,7 @@ def upscale(
     """Draw a picture again in more detail, with a model that was trained to."""
     from mars.cli.drawing import save, targets
     from mars.picture import open_picture
-    from mars.pipeline.upscaling import UPSCALE_SAMPLING, find_upscaling
+    from mars.pipeline.upscaling import UPSCALE_DEVIATION, UPSCALE_SAMPLING, find_upscaling
 
     sampling = sampling_of(
         UPSCALE_SAMPLING, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, candidates=None
@@ -50,10 +51,9 @@ def upscale(
     opened = open_picture(picture)
     pipe = open_pipeline(model, precision=precision)
     find_upscaling(pipe.model.info)
+    allowed = UPSCALE_DEVIATION if deviation is None else deviation or None
     with bar("upscaling") as progress:
-        drawn = pipe.upscale(
-            opened, prompt=prompt, seed=seed, sampling=sampling, deviation=deviation or None, progress=progress
-        )
+        drawn = pipe.upscale(opened, prompt=prompt, seed=seed, sampling=sampling, deviation=allowed, progress=progress)
     save(drawn, files)
     if as_json:
         pictures = [{"file": str(files[0]), "prompt": prompt, "seed": drawn.seeds[0]}]

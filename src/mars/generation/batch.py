@@ -179,8 +179,8 @@ class Batch:
                 places = request.order()
                 self.known_PN[number, : len(places)] = request.known.flatten()[places].to(self.device)
         self.low_PN += self.transformer.vocabulary.first_code
-        self.priors = [None if one.prior is None else one.prior.flatten(0, 1)[one.order()] for one in requests]
-        """(N, V) of each picture, in the order in which it is drawn."""
+        self.priors = [None if one.prior is None else (one.prior.flatten(0, 1), one.order()) for one in requests]
+        """Of each picture the prior (N, V) in raster order, and the raster places in the order in which it is drawn."""
 
     def step(self) -> int:
         """Draws the next block of every picture; returns how many codes that are."""
@@ -238,7 +238,7 @@ class Batch:
         """What is added to the logits of codes, (P, T, V)."""
         ids = self.transformer.vocabulary.num_codes
         found = [
-            torch.zeros(len(places_T), ids) if prior is None else prior[places_T.to(prior.device)]
+            torch.zeros(len(places_T), ids) if prior is None else prior[0][prior[1][places_T.cpu()].to(prior[0].device)]
             for prior, places_T in zip(self.priors, places_PT, strict=True)
         ]
         return torch.stack([one.to(self.device) for one in found])

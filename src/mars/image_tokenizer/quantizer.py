@@ -41,15 +41,17 @@ class Quantizer(nn.Module):
         return (self.scores(vectors_NZ) + self.bias).argmax(dim=1)
 
     def scores(self, vectors_NZ: Tensor) -> Tensor:
-        """How well each code fits each vector, (N, V), `bias` left out; up to a constant for each vector minus the
-        squared distance, but for `cosine` and `dot`, where it is the product."""
+        """How well each code fits each vector, (N, V), `bias` left out: up to a constant of a vector minus the squared
+        distance (of unit vectors for `cosine`), but for `dot` the product."""
         book_VZ = self.embedding.weight
         if self.choice == "cosine":
             vectors_NZ, book_VZ = F.normalize(vectors_NZ, dim=1), F.normalize(book_VZ, dim=1)
         score_NV = vectors_NZ @ book_VZ.T
-        if self.choice in ("l2", "lfq"):  # |v - b|^2 = |v|^2 - 2 v b + |b|^2, and |v|^2 is the same for all codes
-            score_NV = 2 * score_NV - book_VZ.square().sum(dim=1)
-        return score_NV
+        if self.choice == "dot":
+            return score_NV
+        if self.choice == "l2":  # |v - b|^2 = |v|^2 - 2 v b + |b|^2, and |v|^2 is the same for all codes
+            return 2 * score_NV - book_VZ.square().sum(dim=1)
+        return 2 * score_NV  # all codes have one length
 
     def decode(self, codes: Tensor) -> Tensor:
         """The codebook vector of each code, (..., Z)."""

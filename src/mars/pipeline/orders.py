@@ -25,6 +25,7 @@ from mars.pipeline.upscaling import (
     bicubic_priors,
     check_low_codes,
     find_upscaling,
+    has_prior,
 )
 
 if TYPE_CHECKING:
@@ -147,7 +148,9 @@ def upscale_order(
     seeds = all_seeds(seed, prompts=len(codes), n=1)
     ids = {text: pipe.prompt_ids(text) for text in {*prompts, negative_prompt}}
     grid = codes.shape[1] * how.scale, codes.shape[2] * how.scale
-    priors: Sequence[Tensor | None] | None = None
+    if not has_prior(pipe.model.image_tokenizer):
+        deviation = None
+    priors: Sequence[Tensor | None] = [None] * len(codes)
     if deviation is not None:
         small = whole or pipe.decode(codes)
         priors = bicubic_priors(pipe.model.image_tokenizer, small, grid=grid, deviation=deviation)
@@ -156,7 +159,7 @@ def upscale_order(
             prompt=ids[text], free=ids[negative_prompt], grid=grid, seed=number, sampling=sampling, low=low,
             prior=prior, side=how.side, cell=pipe.model.transformer.vocabulary.cell,
         )
-        for text, number, low, prior in zip(prompts, seeds, codes, priors or [None] * len(codes), strict=True)
+        for text, number, low, prior in zip(prompts, seeds, codes, priors, strict=True)
     ]  # fmt: skip
     asked = {
         "deviation": deviation,

@@ -20,7 +20,7 @@ UPSCALE_SAMPLING = Sampling(temperature=0)
 """The likeliest codes: they keep closest to the small picture, and the codes of one step are not drawn apart."""
 
 UPSCALE_DEVIATION = 0.3
-"""Between 0.1 and 0.5 the perceptual distance of held-out emoji hardly changes (docs/log.md)."""
+"""Between 0.16 and 0.32 the perceptual distance of held-out emoji hardly changes (docs/log.md)."""
 MOST_CODES = 2**16
 """A codebook that is larger has no prior: it would take a gigabyte for a picture of 64 by 64 codes."""
 
@@ -43,10 +43,15 @@ def check_low_codes(low_BRC: Tensor, *, grids: Sequence[tuple[int, int]]) -> Non
         raise RequestError(f"codes to upscale must have the shape {known}, got {tuple(low_BRC.shape)}")
 
 
+def has_prior(codec: ImageTokenizer) -> bool:
+    """Whether a codebook is small enough for priors."""
+    return codec.config.num_codes <= MOST_CODES
+
+
 @torch.inference_mode()
 def bicubic_priors(
     codec: ImageTokenizer, small: Sequence[Image.Image], *, grid: tuple[int, int], deviation: float
-) -> list[Tensor] | None:
+) -> list[Tensor]:
     """What a bicubic enlargement says of the codes of the larger picture: log p (R, C, V) of each, up to a constant.
 
     Codes are taken to be spread normally around the vectors that the image tokenizer makes of the enlargement. So a
@@ -61,8 +66,6 @@ def bicubic_priors(
     """
     if not deviation > 0:
         raise RequestError(f"deviation must be positive, or none for the model alone, got {deviation}")
-    if codec.config.num_codes > MOST_CODES:
-        return None
     book_VZ = codec.quantizer.decode(torch.arange(codec.config.num_codes, device=codec.quantizer.bias.device))
     scale = 2 * deviation**2 * float(book_VZ.var(dim=0).mean())
     size = grid[1] * codec.config.factor, grid[0] * codec.config.factor
