@@ -5,7 +5,7 @@ import pytest
 
 from mars.data.scene_combinations import HELD_OUT, combinations_of, concept_of, held_out_of, split_of
 from mars.data.scene_words import COLOURS, SHAPES, Kind, Relation, Scene, SceneObject, Size, captions_of
-from mars.data.scenes import KINDS, make_scene
+from mars.data.scenes import make_scene
 from mars.data.shards import read_codes
 
 CODES = Path(__file__).parents[2] / "assets/codes"
@@ -51,19 +51,14 @@ def test_no_training_scene_holds_a_held_out_combination_but_every_word_occurs() 
     assert {len(scene.objects) for scene in training if scene.kind == "count"} == {1, 2, 3, 4}
 
 
-@pytest.mark.parametrize(
-    ("name", "seed", "kinds", "trains"),
-    [("scenes", 0, KINDS, 20851), ("pairs", 1, ("pair",), 8576), ("counts", 2, ("count", "single"), 7437)],
-)
-def test_the_committed_codes_are_of_these_scenes_and_train_no_held_out_combination(
-    name: str, seed: int, kinds: tuple[Kind, ...], trains: int
-) -> None:
-    coded, _ = read_codes(CODES / f"{name}.parquet")
+def test_the_committed_codes_are_of_these_scenes_and_train_no_held_out_combination() -> None:
+    coded, _ = read_codes(CODES / "scenes.parquet")
+    kinds: tuple[Kind, ...] = ("single", "single", "count", "count", "pair", "pair", "pair", "line", "line")
     for index, one in enumerate(coded):
-        scene = make_scene(index, seed=seed, spacing=2, rich=True, kinds=kinds)
+        scene = make_scene(index, seed=0, spacing=2, rich=True, kinds=kinds)
         assert (one.record.captions, one.record.split) == (captions_of(scene), split_of(scene))
     trained = [caption.text for one in coded if one.record.split == "train" for caption in one.record.captions[:1]]
-    assert len(trained) == trains
+    assert len(trained) == 29143
     for aspect in ("colour", "count", "size"):
         for combination in HELD_OUT[aspect]:
             found = words_of(combination)

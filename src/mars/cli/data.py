@@ -56,10 +56,11 @@ def scenes(
     size: Annotated[int, typer.Option(help="Pixels on each side.", min=64)] = 128,
     spacing: Annotated[int, typer.Option(help="Things stand on every place of 16 (1) or every second (2).")] = 1,
     rich: Annotated[
-        bool, typer.Option(help="Half of them with more shapes and colours, which no bench asks for.")
+        bool, typer.Option(help="Half with more shapes, half with more colours, which no bench asks for.")
     ] = False,
     kind: Annotated[
-        list[str] | None, typer.Option(help="single, count, pair or line; may be given again. Default: all.")
+        list[str] | None,
+        typer.Option(help="single, count, pair or line; may be given again, twice for twice as many. Default: all."),
     ] = None,
     debug: Debug = False,
 ) -> None:

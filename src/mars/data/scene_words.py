@@ -75,10 +75,26 @@ COLOURS = {
 MORE_SHAPES = {
     "pentagon": ShapeWords(plural="pentagons", chinese="五边形", measure="个"),
     "hexagon": ShapeWords(plural="hexagons", chinese="六边形", measure="个"),
+    "octagon": ShapeWords(plural="octagons", chinese="八边形", measure="个"),
     "arrow": ShapeWords(plural="arrows", chinese="箭头", measure="个"),
     "trapezoid": ShapeWords(plural="trapezoids", chinese="梯形", measure="个"),
-    "lightning bolt": ShapeWords(plural="lightning bolts", chinese="闪电", measure="个"),
-    "house": ShapeWords(plural="houses", chinese="房子", measure="个"),
+    "parallelogram": ShapeWords(plural="parallelograms", chinese="平行四边形", measure="个"),
+    "kite": ShapeWords(plural="kites", chinese="风筝", measure="只"),
+    "lightning bolt": ShapeWords(plural="lightning bolts", chinese="闪电", measure="道"),
+    "house": ShapeWords(plural="houses", chinese="房子", measure="座"),
+    "hourglass": ShapeWords(plural="hourglasses", chinese="沙漏", measure="个"),
+    "bow tie": ShapeWords(plural="bow ties", chinese="领结", measure="个"),
+    "chevron": ShapeWords(plural="chevrons", chinese="人字形", measure="个"),
+    "crown": ShapeWords(plural="crowns", chinese="皇冠", measure="顶"),
+    "frame": ShapeWords(plural="frames", chinese="方框", measure="个"),
+    "flower": ShapeWords(plural="flowers", chinese="花朵", measure="朵"),
+    "gear": ShapeWords(plural="gears", chinese="齿轮", measure="个"),
+    "fir tree": ShapeWords(plural="fir trees", chinese="松树", measure="棵"),
+    "staircase": ShapeWords(plural="staircases", chinese="楼梯", measure="个"),
+    "shield": ShapeWords(plural="shields", chinese="盾牌", measure="面"),
+    "arch": ShapeWords(plural="arches", chinese="拱门", measure="个"),
+    "crescent": ShapeWords(plural="crescents", chinese="月牙", measure="个"),
+    "teardrop": ShapeWords(plural="teardrops", chinese="水滴", measure="滴"),
 }
 MORE_COLOURS = {
     "cyan": (0, 190, 225),
@@ -93,12 +109,53 @@ MORE_COLOURS = {
     "beige": (225, 205, 165),
     "turquoise": (65, 210, 185),
     "coral": (255, 115, 85),
+    "azure": (60, 140, 240),
+    "cobalt": (25, 75, 180),
+    "sapphire": (30, 60, 160),
+    "indigo": (75, 40, 170),
+    "denim": (70, 105, 165),
+    "slate": (95, 110, 130),
+    "violet": (150, 80, 220),
+    "plum": (120, 35, 120),
+    "orchid": (200, 100, 210),
+    "lilac": (205, 150, 215),
+    "mauve": (175, 125, 160),
+    "fuchsia": (245, 60, 190),
+    "rose": (245, 105, 150),
+    "blush": (250, 185, 200),
+    "salmon": (250, 140, 120),
+    "peach": (255, 195, 150),
+    "apricot": (250, 175, 100),
+    "crimson": (195, 20, 60),
+    "scarlet": (240, 50, 25),
+    "ruby": (165, 15, 50),
+    "brick": (170, 65, 45),
+    "rust": (185, 85, 30),
+    "copper": (190, 115, 65),
+    "bronze": (150, 110, 50),
+    "caramel": (190, 130, 70),
+    "chocolate": (85, 50, 30),
+    "coffee": (110, 85, 65),
+    "tan": (205, 170, 120),
+    "khaki": (180, 170, 110),
+    "mustard": (220, 180, 50),
+    "amber": (255, 180, 0),
+    "lemon": (250, 240, 90),
+    "emerald": (20, 190, 110),
+    "jade": (60, 150, 100),
+    "mint": (150, 235, 190),
+    "moss": (110, 140, 50),
+    "pine": (20, 90, 60),
+    "charcoal": (60, 62, 68),
 }
 """Words that only training uses: the more shapes a colour is seen with, and the other way round, the less can a pair of
 both be learned by heart."""
 ALL_SHAPES = SHAPES | MORE_SHAPES
 ALL_COLOURS = COLOURS | MORE_COLOURS
-_CHINESE = "红,橙,黄,绿,蓝,紫,粉,棕,黑,灰,青,藏青,黄绿,深青,品红,酒红,金,橄榄,淡紫,米,青绿,珊瑚"
+_CHINESE = (
+    "红,橙,黄,绿,蓝,紫,粉,棕,黑,灰,青,藏青,黄绿,深青,品红,酒红,金,橄榄,淡紫,米,青绿,珊瑚,天蓝,钴蓝,宝蓝,靛,牛仔蓝,石板灰,紫罗兰,梅子,兰花,丁香,"
+    "藕荷,紫红,玫瑰,浅粉,三文鱼,桃,杏,绯红,猩红,宝石红,砖红,铁锈,铜,青铜,焦糖,巧克力,咖啡,棕褐,卡其,芥末,琥珀,柠檬,祖母绿,玉,薄荷,苔藓,松柏,炭黑"
+)
 CHINESE_COLOURS = dict(zip(ALL_COLOURS, _CHINESE.split(","), strict=True))
 _CHINESE_SIZES = {"small": "小", "medium": "", "large": "大"}
 _CHINESE_SIDES = {"left": "左边", "right": "右边", "above": "上面", "below": "下面"}

@@ -8,7 +8,7 @@ belongs to which shape, and where things stand. Words are in `scene_words`; some
 import io
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
@@ -77,6 +77,28 @@ def _heart() -> list[Point]:
     return [(16 * math.sin(a) ** 3, y) for a, y in zip(angles, ys, strict=True)]
 
 
+def _angles(start: float, end: float) -> list[float]:
+    return [start + (end - start) * i / 24 for i in range(25)]
+
+
+def _polar(radius: Callable[[float], float]) -> list[Point]:
+    """A closed curve by its distance from the middle."""
+    angles = [math.tau * i / 96 for i in range(96)]
+    return [(radius(angle) * math.sin(angle), -radius(angle) * math.cos(angle)) for angle in angles]
+
+
+def _bow(radius: float, direction: int) -> list[Point]:
+    """Half a circle above (3, 3), from left to right (1) or from right to left (-1)."""
+    return [(3 - direction * radius * math.cos(angle), 3 - radius * math.sin(angle)) for angle in _angles(0, math.pi)]
+
+
+def _crescent() -> list[Point]:
+    """Between two circles that meet at the two ends."""
+    outer = [(-math.cos(angle), math.sin(angle)) for angle in _angles(-1.9, 1.9)]
+    inner = [(0.7 - 1.019 * math.cos(angle), 1.019 * math.sin(angle)) for angle in _angles(1.189, -1.189)]
+    return outer + inner
+
+
 _POLYGONS = {
     "square": _polygon([(0, 0), (1, 0), (1, 1), (0, 1)]),
     "triangle": _polygon([(1, 0), (2, 1), (0, 1)]),
@@ -86,10 +108,28 @@ _POLYGONS = {
     "cross": _polygon([(1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1)]),
     "pentagon": _polygon(_regular(5)),
     "hexagon": _polygon(_regular(6)),
+    "octagon": _polygon(_regular(8)),
     "arrow": _polygon([(3, 0), (6, 3), (4, 3), (4, 6), (2, 6), (2, 3), (0, 3)]),
     "trapezoid": _polygon([(1, 0), (3, 0), (4, 4), (0, 4)]),
+    "parallelogram": _polygon([(2, 0), (6, 0), (4, 4), (0, 4)]),
+    "kite": _polygon([(2, 0), (4, 2), (2, 6), (0, 2)]),
     "lightning bolt": _polygon([(4, 0), (8, 0), (5, 4), (8, 4), (0, 10), (3, 5), (0, 5)]),
     "house": _polygon([(3, 0), (6, 3), (5, 3), (5, 6), (1, 6), (1, 3), (0, 3)]),
+    "hourglass": _polygon([(0, 0), (6, 0), (3.5, 3), (6, 6), (0, 6), (2.5, 3)]),
+    "bow tie": _polygon([(0, 0), (3, 2.5), (6, 0), (6, 6), (3, 3.5), (0, 6)]),
+    "chevron": _polygon([(3, 0), (6, 3), (6, 6), (3, 3), (0, 6), (0, 3)]),
+    "crown": _polygon([(0, 0), (1.5, 3), (3, 0), (4.5, 3), (6, 0), (6, 6), (0, 6)]),
+    "frame": _polygon([(0, 0), (4, 0), (4, 4), (0, 4), (0, 0), (1, 1), (1, 3), (3, 3), (3, 1), (1, 1)]),
+    "flower": _polygon(_polar(lambda angle: 1 + 0.3 * math.cos(5 * angle))),
+    "gear": _polygon(_polar(lambda angle: 1.2 if math.cos(8 * angle) > 0 else 0.85)),
+    "fir tree": _polygon(
+        [(3, 0), (5, 2.5), (4, 2.5), (6, 5), (3.6, 5), (3.6, 6), (2.4, 6), (2.4, 5), (0, 5), (2, 2.5), (1, 2.5)]
+    ),
+    "staircase": _polygon([(0, 0), (2, 0), (2, 2), (4, 2), (4, 4), (6, 4), (6, 6), (0, 6)]),
+    "shield": _polygon([(0, 0), (6, 0), (6, 3), (5, 5), (3, 6), (1, 5), (0, 3)]),
+    "arch": _polygon([(0, 6), *_bow(3, 1), (6, 6), (4, 6), *_bow(1.2, -1), (2, 6)]),
+    "crescent": _polygon(_crescent()),
+    "teardrop": _polygon([(3, 0), *((3 + 2 * math.cos(a), 4 + 2 * math.sin(a)) for a in _angles(-0.5, math.pi + 0.5))]),
 }
 
 
@@ -167,11 +207,12 @@ class _Plan:
     size: int
     spacing: int
     rich: bool
-    """Whether half of the scenes may have all words."""
+    """Whether half of the scenes may have all shapes, and half of them all colours."""
 
     def names(self, rng: random.Random, number: int) -> list[tuple[str, str]]:
         """Different (shape, colour) pairs."""
-        shapes, colours = (ALL_SHAPES, ALL_COLOURS) if self.rich and rng.random() < 0.5 else (SHAPES, COLOURS)
+        shapes = ALL_SHAPES if self.rich and rng.random() < 0.5 else SHAPES
+        colours = ALL_COLOURS if self.rich and rng.random() < 0.5 else COLOURS
         return rng.sample([(shape, colour) for shape in shapes for colour in colours], number)
 
 
@@ -219,8 +260,8 @@ def make_scene(
 
     Args:
         spacing: one of `SPACINGS`.
-        rich: whether half of the scenes take their words from all shapes and colours, training's too.
-        kinds: each as likely.
+        rich: whether half of the scenes may have all shapes, and half of them all colours, training's too.
+        kinds: each as likely; twice if it is named twice.
 
     Raises:
         RequestError: if `size` is below 64 pixels, or for another spacing or kind.
