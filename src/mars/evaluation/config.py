@@ -72,6 +72,8 @@ class EvaluationConfig:
     """Of the choice of prompts and of the pictures."""
     sampling: Sampling = DEFAULT_SAMPLING
     """As a table it is whole: what it leaves out is not the pipeline's default, but none (`Sampling`)."""
+    scorer: str = "likelihood"
+    """Who chooses among candidates, as `mars generate --scorer` takes it."""
     emoji: EmojiBench | None = None
     composition: CompositionBench | None = None
 

@@ -12,6 +12,7 @@ from mars.generation.engine import draw
 from mars.generation.request import DrawRequest
 from mars.generation.sampling import Sampling
 from mars.pipeline import MarsPipeline
+from mars.pipeline.scoring import Scorer
 
 BATCH = 16
 """Pictures at a time; part of what figures depend on, since rounding does."""
@@ -63,6 +64,8 @@ class Artist:
     sampling: Sampling
     seed: int
     """Of the first picture of whatever is drawn; the others count up from it."""
+    scorer: Scorer | None = None
+    """Chooses among candidates; without one, the model's own likelihood."""
 
     def draw(self, prompts: Sequence[str], *, first: int = 0) -> list[Drawing]:
         """One picture for each prompt; `first` is the number of the first, which its seed counts from."""
@@ -70,7 +73,7 @@ class Artist:
         for some in batches(prompts):
             start = self.seed + first + len(drawn)
             seeds = list(range(start, start + len(some)))
-            images = self.pipe(list(some), seed=seeds, sampling=self.sampling).images
+            images = self.pipe(list(some), seed=seeds, sampling=self.sampling, scorer=self.scorer).images
             drawn += [
                 Drawing(prompt=prompt, seed=seed, image=image)
                 for prompt, seed, image in zip(some, seeds, images, strict=True)

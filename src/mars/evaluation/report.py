@@ -115,7 +115,8 @@ def markdown(report: dict[str, Any]) -> str:
         if name in report:
             lines += [*table(report[name], settings), ""]
     lines += [
-        f"Sampling {json.dumps(settings['sampling'])}, seed {settings['seed']}; model {model['visual_digest'][:19]}; "
+        f"Sampling {json.dumps(settings['sampling'])}, seed {settings['seed']}, candidates chosen by "
+        f"{settings.get('scorer', 'likelihood')}; model {model['visual_digest'][:19]}; "
         f"{report['machine']['cores']} cores, {sum(report['seconds'].values()):.0f} s.",
         *[f"Note: {note}" for note in report["notes"]],
     ]
