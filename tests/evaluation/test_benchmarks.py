@@ -154,6 +154,9 @@ def test_a_scorer_chooses_the_pictures_that_are_measured(wide: MarsPipeline, tmp
     assert replay(wide, tmp_path / "caption" / "report.json", out=tmp_path / "again")[1] == []
     with pytest.raises(ConfigError, match="the scorer must be likelihood, caption, or"):
         measured("none", "nobody")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ConfigError, match=r"sampling\.candidates must be 2 or more, got 1"):
+        EvaluationConfig(sampling=SAMPLING, scorer="caption", composition=CompositionBench())
 
 
 @needs_networks

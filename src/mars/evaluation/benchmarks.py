@@ -82,8 +82,8 @@ def evaluate(
         DataError: if the shard is missing, is damaged, or holds no such prompts.
         ModelError: if the networks that pictures are measured with are not installed.
     """
-    open_folder(config.out)
     scorer = find_scorer(pipe, config.scorer)
+    open_folder(config.out)
     artist = Artist(pipe=pipe, sampling=config.sampling, seed=config.seed, scorer=scorer)
     run = _Run(config=config, artist=artist, say=say)
     run.report = _circumstances(pipe, config)
@@ -263,7 +263,7 @@ def _circumstances(pipe: MarsPipeline, config: EvaluationConfig) -> dict[str, An
     """All that the figures depend on."""
     info, settings = pipe.model.info, {"seed": config.seed, "sampling": asdict(config.sampling), "batch": BATCH}
     if config.scorer != EvaluationConfig.scorer:
-        settings["scorer"] = config.scorer
+        settings["scorer"] = config.scorer  # reports of before scorers know no other
     if config.emoji is not None:
         if not config.emoji.pictures.is_file():
             raise DataError(f"no picture shard at {config.emoji.pictures}; make it with `mars data emoji`")

@@ -82,3 +82,7 @@ class EvaluationConfig:
             raise ConfigError("an evaluation must have a table [emoji] or [composition], got neither")
         if self.seed < 0:
             raise ConfigError(f"seed must be at least 0, got {self.seed}")
+        if self.scorer != "likelihood" and self.sampling.candidates == 1:
+            raise ConfigError(
+                f"the scorer {self.scorer} chooses among candidates; sampling.candidates must be 2 or more, got 1"
+            )

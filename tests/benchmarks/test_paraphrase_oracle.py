@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from benchmarks.paraphrase_ceiling import pick_by_captions, share_right, trained_captions
+from benchmarks.paraphrase_oracle import pick_by_captions, share_right, trained_captions
 from mars.data.shards import Caption, Picture, Record
 from mars.evaluation.questions import Question
 
@@ -29,6 +29,8 @@ def test_tags_pick_what_training_says_them_of_and_no_held_out_caption_or_picture
     assert set(pick_by_captions("cheese", captions)) == {"wedge", "burger"}
     assert pick_by_captions("slice, food", captions) == ["pizza"]
     assert pick_by_captions("rocket", captions) == []
+    assert pick_by_captions("burg", captions) == []  # no word
+    assert pick_by_captions("芝士", {"a": ["芝士汉堡"], "b": ["汉堡"]}) == ["a"]
 
 
 def test_equals_share_the_score() -> None:
