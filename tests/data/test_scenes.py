@@ -77,7 +77,7 @@ def test_each_box_is_filled_with_its_own_colour() -> None:
         image = pixels(scene)
         for item in scene.objects:
             left, top, right, bottom = item.box
-            same = (image[top:bottom, left:right] == ALL_COLOURS[item.colour]).all(axis=2)
+            same = (image[top:bottom, left:right] == ALL_COLOURS[item.colour].rgb).all(axis=2)
             assert same.mean() > 0.2
 
 

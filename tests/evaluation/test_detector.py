@@ -48,11 +48,11 @@ def test_shapes_and_colours_are_known_when_blurred_and_noisy() -> None:
 
 def test_what_is_no_shape_or_of_no_colour_is_found_as_such() -> None:
     bar, face, pale = (Image.new("RGB", (128, 128), "white") for _ in range(3))
-    ImageDraw.Draw(bar).rectangle((10, 50, 110, 70), fill=COLOURS["red"])
+    ImageDraw.Draw(bar).rectangle((10, 50, 110, 70), fill=COLOURS["red"].rgb)
     assert [(one.shape, one.colour) for one in detect(bar)] == [(None, "red")]
     pen = ImageDraw.Draw(face)
     for column, colour in enumerate(("red", "blue", "green", "black")):
-        pen.rectangle((20 + 20 * column, 20, 39 + 20 * column, 99), fill=COLOURS[colour])
+        pen.rectangle((20 + 20 * column, 20, 39 + 20 * column, 99), fill=COLOURS[colour].rgb)
     assert [(one.shape, one.colour) for one in detect(face)] == [("square", None)]
     ImageDraw.Draw(pale).ellipse((20, 20, 80, 80), fill=(120, 250, 250))
     assert [(one.shape, one.colour) for one in detect(pale)] == [("circle", None)]
@@ -72,7 +72,7 @@ def test_an_empty_picture_noise_and_specks_hold_nothing_and_a_photograph_no_thin
 
 def test_things_that_touch_are_not_taken_for_two() -> None:
     one = picture("circle", "red")
-    ImageDraw.Draw(one).ellipse((59, 30, 99, 70), fill=COLOURS["red"])
+    ImageDraw.Draw(one).ellipse((59, 30, 99, 70), fill=COLOURS["red"].rgb)
     assert things(detect(one)) == [(None, None)]
 
 
@@ -80,7 +80,7 @@ def test_neighbours_that_a_blur_joined_are_told_apart() -> None:
     image = Image.new("RGB", (128, 128), "white")
     pen = ImageDraw.Draw(image)
     for left in (10, 54):
-        pen.rectangle((left, 40, left + 39, 79), fill=COLOURS["black"])
+        pen.rectangle((left, 40, left + 39, 79), fill=COLOURS["black"].rgb)
     found = detect(image.filter(ImageFilter.GaussianBlur(1.5)))
     assert things(found) == [("square", "black")] * 2
 

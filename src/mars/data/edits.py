@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from mars.data.documents import CodedImage, Document, Text
 from mars.data.scene_combinations import split_of
-from mars.data.scene_words import CHINESE_COLOURS, COLOURS, SHAPES, Scene, SceneObject, captions_of
+from mars.data.scene_words import COLOURS, SHAPES, Scene, SceneObject, captions_of
 from mars.data.scenes import draw_scene, make_scene
 
 BATCH = 32
@@ -55,7 +55,7 @@ def make_edit(index: int, *, seed: int, size: int = 128) -> Edit:
 
 def _referred(item: SceneObject) -> tuple[str, str]:
     """English and Chinese of one of the objects of a scene, whose colours and shapes together all differ."""
-    return f"the {item.colour} {item.shape}", f"{CHINESE_COLOURS[item.colour]}色{SHAPES[item.shape].chinese}"
+    return f"the {item.colour} {item.shape}", f"{COLOURS[item.colour].chinese}色{SHAPES[item.shape].chinese}"
 
 
 def _changed(scene: Scene, place: int, kind: str, rng: random.Random) -> Edit:
@@ -65,7 +65,7 @@ def _changed(scene: Scene, place: int, kind: str, rng: random.Random) -> Edit:
     taken = {(other.colour, other.shape) for other in scene.objects}
     if kind == "colour":
         new = replace(item, colour=rng.choice([word for word in COLOURS if (word, item.shape) not in taken]))
-        instructions = {"en": f"make {english} {new.colour}", "zh": f"把{chinese}变成{CHINESE_COLOURS[new.colour]}色"}
+        instructions = {"en": f"make {english} {new.colour}", "zh": f"把{chinese}变成{COLOURS[new.colour].chinese}色"}
     else:
         new = replace(item, shape=rng.choice([word for word in SHAPES if (item.colour, word) not in taken]))
         instructions = {"en": f"turn {english} into a {new.shape}", "zh": f"把{chinese}变成{SHAPES[new.shape].chinese}"}

@@ -34,9 +34,18 @@ MARGIN = 1 / 16
 COMPONENT_GROUP = 2
 """Emoji group of skin tones and hair: parts, not pictures."""
 REQUESTS = {
-    "en": ("a picture of {}", "draw {}", "{} emoji", "an icon of {}", "show me {}", "I want {}", "paint {}, please"),
-    "zh": ("画{}", "{}的图片", "一张{}的画", "{}表情", "给我看{}", "我想要{}", "来一个{}"),
-}
+    "en": (
+        "a picture of {}", "draw {}", "{} emoji", "an icon of {}", "show me {}", "I want {}", "paint {}, please",
+        "a drawing of {}", "can you draw {}?", "make me {}", "an image of {}, please", "give me {}", "let me see {}",
+        "{}, as an icon", "I would like to see {}", "create {} for us", "how about {}?", "sketch {}", "the emoji {}",
+        "now {}",
+    ),
+    "zh": (
+        "画{}", "{}的图片", "一张{}的画", "{}表情", "给我看{}", "我想要{}", "来一个{}", "请画{}", "{}图标", "一个{}",
+        "帮我画{}", "生成一张{}的图", "能画一个{}吗？", "我想看{}", "做一个{}", "画一幅{}", "{}，谢谢", "给我一张{}",
+        "{}长什么样？", "表情：{}",
+    ),
+}  # fmt: skip
 """How people ask for a picture; evaluation asks in other words (`evaluation.questions`)."""
 
 
@@ -219,8 +228,8 @@ def _wordings(tags: list[str], comma: str, *, seed: str) -> list[str]:
 
 
 def _requests(name: str, words: tuple[str, ...], *, seed: str) -> list[str]:
-    """A name as people ask for it, in two ways."""
-    return [one.format(name) for one in random.Random(f"requests {seed}").sample(words, 2)]
+    """A name as people ask for it, in three ways."""
+    return [one.format(name) for one in random.Random(f"requests {seed}").sample(words, 3)]
 
 
 def _captions(concept: Concept, style: EmojiSet) -> tuple[Caption, ...]:

@@ -49,6 +49,14 @@ class ShapeWords:
     measure: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class ColourWords:
+    """What a colour is: its exact RGB, and its Chinese name, after which 色 stands."""
+
+    rgb: tuple[int, int, int]
+    chinese: str
+
+
 SHAPES = {
     "circle": ShapeWords(plural="circles", chinese="圆形", measure="个"),
     "square": ShapeWords(plural="squares", chinese="正方形", measure="个"),
@@ -60,18 +68,18 @@ SHAPES = {
     "cross": ShapeWords(plural="crosses", chinese="十字", measure="个"),
 }
 COLOURS = {
-    "red": (222, 36, 36),
-    "orange": (245, 140, 20),
-    "yellow": (250, 215, 25),
-    "green": (40, 165, 70),
-    "blue": (35, 90, 220),
-    "purple": (130, 50, 175),
-    "pink": (250, 145, 190),
-    "brown": (130, 78, 40),
-    "black": (20, 20, 20),
-    "gray": (140, 140, 140),
+    "red": ColourWords(rgb=(222, 36, 36), chinese="红"),
+    "orange": ColourWords(rgb=(245, 140, 20), chinese="橙"),
+    "yellow": ColourWords(rgb=(250, 215, 25), chinese="黄"),
+    "green": ColourWords(rgb=(40, 165, 70), chinese="绿"),
+    "blue": ColourWords(rgb=(35, 90, 220), chinese="蓝"),
+    "purple": ColourWords(rgb=(130, 50, 175), chinese="紫"),
+    "pink": ColourWords(rgb=(250, 145, 190), chinese="粉"),
+    "brown": ColourWords(rgb=(130, 78, 40), chinese="棕"),
+    "black": ColourWords(rgb=(20, 20, 20), chinese="黑"),
+    "gray": ColourWords(rgb=(140, 140, 140), chinese="灰"),
 }
-"""The exact RGB of every colour word."""
+"""The colours that the bench asks for."""
 MORE_SHAPES = {
     "pentagon": ShapeWords(plural="pentagons", chinese="五边形", measure="个"),
     "hexagon": ShapeWords(plural="hexagons", chinese="六边形", measure="个"),
@@ -97,66 +105,61 @@ MORE_SHAPES = {
     "teardrop": ShapeWords(plural="teardrops", chinese="水滴", measure="滴"),
 }
 MORE_COLOURS = {
-    "cyan": (0, 190, 225),
-    "navy": (25, 35, 105),
-    "lime": (155, 220, 45),
-    "teal": (0, 125, 125),
-    "magenta": (225, 25, 160),
-    "maroon": (125, 20, 45),
-    "gold": (205, 160, 25),
-    "olive": (115, 120, 25),
-    "lavender": (190, 165, 240),
-    "beige": (225, 205, 165),
-    "turquoise": (65, 210, 185),
-    "coral": (255, 115, 85),
-    "azure": (60, 140, 240),
-    "cobalt": (25, 75, 180),
-    "sapphire": (30, 60, 160),
-    "indigo": (75, 40, 170),
-    "denim": (70, 105, 165),
-    "slate": (95, 110, 130),
-    "violet": (150, 80, 220),
-    "plum": (120, 35, 120),
-    "orchid": (200, 100, 210),
-    "lilac": (205, 150, 215),
-    "mauve": (175, 125, 160),
-    "fuchsia": (245, 60, 190),
-    "rose": (245, 105, 150),
-    "blush": (250, 185, 200),
-    "salmon": (250, 140, 120),
-    "peach": (255, 195, 150),
-    "apricot": (250, 175, 100),
-    "crimson": (195, 20, 60),
-    "scarlet": (240, 50, 25),
-    "ruby": (165, 15, 50),
-    "brick": (170, 65, 45),
-    "rust": (185, 85, 30),
-    "copper": (190, 115, 65),
-    "bronze": (150, 110, 50),
-    "caramel": (190, 130, 70),
-    "chocolate": (85, 50, 30),
-    "coffee": (110, 85, 65),
-    "tan": (205, 170, 120),
-    "khaki": (180, 170, 110),
-    "mustard": (220, 180, 50),
-    "amber": (255, 180, 0),
-    "lemon": (250, 240, 90),
-    "emerald": (20, 190, 110),
-    "jade": (60, 150, 100),
-    "mint": (150, 235, 190),
-    "moss": (110, 140, 50),
-    "pine": (20, 90, 60),
-    "charcoal": (60, 62, 68),
+    "cyan": ColourWords(rgb=(0, 190, 225), chinese="青"),
+    "navy": ColourWords(rgb=(25, 35, 105), chinese="藏青"),
+    "lime": ColourWords(rgb=(155, 220, 45), chinese="黄绿"),
+    "teal": ColourWords(rgb=(0, 125, 125), chinese="深青"),
+    "magenta": ColourWords(rgb=(225, 25, 160), chinese="品红"),
+    "maroon": ColourWords(rgb=(125, 20, 45), chinese="酒红"),
+    "gold": ColourWords(rgb=(205, 160, 25), chinese="金"),
+    "olive": ColourWords(rgb=(115, 120, 25), chinese="橄榄"),
+    "lavender": ColourWords(rgb=(190, 165, 240), chinese="淡紫"),
+    "beige": ColourWords(rgb=(225, 205, 165), chinese="米"),
+    "turquoise": ColourWords(rgb=(65, 210, 185), chinese="青绿"),
+    "coral": ColourWords(rgb=(255, 115, 85), chinese="珊瑚"),
+    "azure": ColourWords(rgb=(60, 140, 240), chinese="天蓝"),
+    "cobalt": ColourWords(rgb=(25, 75, 180), chinese="钴蓝"),
+    "sapphire": ColourWords(rgb=(30, 60, 160), chinese="宝蓝"),
+    "indigo": ColourWords(rgb=(75, 40, 170), chinese="靛"),
+    "denim": ColourWords(rgb=(70, 105, 165), chinese="牛仔蓝"),
+    "slate": ColourWords(rgb=(95, 110, 130), chinese="石板灰"),
+    "violet": ColourWords(rgb=(150, 80, 220), chinese="紫罗兰"),
+    "plum": ColourWords(rgb=(120, 35, 120), chinese="梅子"),
+    "orchid": ColourWords(rgb=(200, 100, 210), chinese="兰花"),
+    "lilac": ColourWords(rgb=(205, 150, 215), chinese="丁香"),
+    "mauve": ColourWords(rgb=(175, 125, 160), chinese="藕荷"),
+    "fuchsia": ColourWords(rgb=(245, 60, 190), chinese="紫红"),
+    "rose": ColourWords(rgb=(245, 105, 150), chinese="玫瑰"),
+    "blush": ColourWords(rgb=(250, 185, 200), chinese="浅粉"),
+    "salmon": ColourWords(rgb=(250, 140, 120), chinese="三文鱼"),
+    "peach": ColourWords(rgb=(255, 195, 150), chinese="桃"),
+    "apricot": ColourWords(rgb=(250, 175, 100), chinese="杏"),
+    "crimson": ColourWords(rgb=(195, 20, 60), chinese="绯红"),
+    "scarlet": ColourWords(rgb=(240, 50, 25), chinese="猩红"),
+    "ruby": ColourWords(rgb=(165, 15, 50), chinese="宝石红"),
+    "brick": ColourWords(rgb=(170, 65, 45), chinese="砖红"),
+    "rust": ColourWords(rgb=(185, 85, 30), chinese="铁锈"),
+    "copper": ColourWords(rgb=(190, 115, 65), chinese="铜"),
+    "bronze": ColourWords(rgb=(150, 110, 50), chinese="青铜"),
+    "caramel": ColourWords(rgb=(190, 130, 70), chinese="焦糖"),
+    "chocolate": ColourWords(rgb=(85, 50, 30), chinese="巧克力"),
+    "coffee": ColourWords(rgb=(110, 85, 65), chinese="咖啡"),
+    "tan": ColourWords(rgb=(205, 170, 120), chinese="棕褐"),
+    "khaki": ColourWords(rgb=(180, 170, 110), chinese="卡其"),
+    "mustard": ColourWords(rgb=(220, 180, 50), chinese="芥末"),
+    "amber": ColourWords(rgb=(255, 180, 0), chinese="琥珀"),
+    "lemon": ColourWords(rgb=(250, 240, 90), chinese="柠檬"),
+    "emerald": ColourWords(rgb=(20, 190, 110), chinese="祖母绿"),
+    "jade": ColourWords(rgb=(60, 150, 100), chinese="玉"),
+    "mint": ColourWords(rgb=(150, 235, 190), chinese="薄荷"),
+    "moss": ColourWords(rgb=(110, 140, 50), chinese="苔藓"),
+    "pine": ColourWords(rgb=(20, 90, 60), chinese="松柏"),
+    "charcoal": ColourWords(rgb=(60, 62, 68), chinese="炭黑"),
 }
 """Words that only training uses: the more shapes a colour is seen with, and the other way round, the less can a pair of
 both be learned by heart."""
 ALL_SHAPES = SHAPES | MORE_SHAPES
 ALL_COLOURS = COLOURS | MORE_COLOURS
-_CHINESE = (
-    "红,橙,黄,绿,蓝,紫,粉,棕,黑,灰,青,藏青,黄绿,深青,品红,酒红,金,橄榄,淡紫,米,青绿,珊瑚,天蓝,钴蓝,宝蓝,靛,牛仔蓝,石板灰,紫罗兰,梅子,兰花,丁香,"
-    "藕荷,紫红,玫瑰,浅粉,三文鱼,桃,杏,绯红,猩红,宝石红,砖红,铁锈,铜,青铜,焦糖,巧克力,咖啡,棕褐,卡其,芥末,琥珀,柠檬,祖母绿,玉,薄荷,苔藓,松柏,炭黑"
-)
-CHINESE_COLOURS = dict(zip(ALL_COLOURS, _CHINESE.split(","), strict=True))
 _CHINESE_SIZES = {"small": "小", "medium": "", "large": "大"}
 _CHINESE_SIDES = {"left": "左边", "right": "右边", "above": "上面", "below": "下面"}
 _ENGLISH_NUMBERS = ("", "one", "two", "three", "four")
@@ -175,7 +178,7 @@ def _english_article(name: str) -> str:
 
 def _chinese_name(item: SceneObject) -> str:
     size = _CHINESE_SIZES[item.size]
-    return f"{size and size + '的'}{CHINESE_COLOURS[item.colour]}色{ALL_SHAPES[item.shape].chinese}"
+    return f"{size and size + '的'}{ALL_COLOURS[item.colour].chinese}色{ALL_SHAPES[item.shape].chinese}"
 
 
 def _chinese_counted(item: SceneObject) -> str:
@@ -216,7 +219,7 @@ def _chinese_captions(scene: Scene) -> tuple[str, str]:
     """The phrasing that is trained on, and the one that is not."""
     first = scene.objects[0]
     words = ALL_SHAPES[first.shape]
-    colour, size = CHINESE_COLOURS[first.colour] + "色", _CHINESE_SIZES[first.size]
+    colour, size = ALL_COLOURS[first.colour].chinese + "色", _CHINESE_SIZES[first.size]
     number = len(scene.objects)
     match scene.kind:
         case "single":

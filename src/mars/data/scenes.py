@@ -60,7 +60,7 @@ def draw_scene(scene: Scene) -> Image.Image:
         # Pillow counts the last pixel in.
         left, top = (edge * _SUPERSAMPLING for edge in item.box[:2])
         right, bottom = (edge * _SUPERSAMPLING - 1 for edge in item.box[2:])
-        colour = ALL_COLOURS[item.colour]
+        colour = ALL_COLOURS[item.colour].rgb
         if item.shape in OUTLINES:
             width, height = right - left, bottom - top
             corners = [(left + x * width, top + y * height) for x, y in OUTLINES[item.shape]]

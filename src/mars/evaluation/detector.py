@@ -155,7 +155,7 @@ def _colour(pixels: Pixels, piece: Mask) -> str | None:
     padded = np.pad(piece, 1)
     inside = piece & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     colours = pixels[inside if inside.sum() >= piece.sum() / 4 else piece].astype(np.float64)
-    words = np.array(list(COLOURS.values()), dtype=np.float64)
+    words = np.array([colour.rgb for colour in COLOURS.values()], dtype=np.float64)
     median = np.median(colours, axis=0)
     distances = np.linalg.norm(words - median, axis=1)
     nearest = int(distances.argmin())
