@@ -239,3 +239,19 @@ def test_a_start_draws_anything_and_hears_nothing_yet_of_a_cell(build_tiny: Buil
     silent = [weight for name, weight in transformer.visual_cells.named_parameters() if "down_proj" in name]
     assert silent
     assert not any(weight.any() for weight in silent)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler about itself
+def test_a_compiled_head_gives_the_same_gradients(build_tiny: Build, pocket: dict[str, Any]) -> None:
+    gradients = []
+    for compiled in (False, True):
+        transformer = build_tiny(**pocket, cell=2, cell_width=16)
+        if compiled:
+            transformer.compile_layers()
+        for count in (2, 3):
+            text_to_image_loss(transformer, codes_of(count), read_prefixes(transformer, PROMPTS[:count])).backward()
+        gradients.append([weight.grad for weight in transformer.visual_cells.parameters()])
+    assert all(one is not None and bool(one.any()) for one in gradients[0])
+    for plain, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-5)

@@ -87,10 +87,13 @@ def replace_weights(transformer: MarsTransformer, weights: Iterable[tuple[str, T
 
 def halve_frozen(transformer: MarsTransformer) -> None:
     """Keeps the matrices of frozen linear layers in bf16, for training whose products round them to bf16 anyway: they
-    take half the memory, no product casts them, and no graph holds the cast copies. Losses do not change by a bit."""
+    take half the memory, no product casts them, and no graph holds the cast copies. An embedding that is also the head
+    is looked up in fp32, and multiplied by as a copy. Losses do not change by a bit."""
     for module in transformer.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             module.weight.data = module.weight.data.bfloat16()
+    if not hasattr(transformer, "language_head") and not transformer.language_embedding.weight.requires_grad:
+        transformer.text_half = transformer.language_embedding.weight.detach().bfloat16()
 
 
 def bytes_needed(transformer: MarsTransformer, precision: Precision) -> int:

@@ -66,6 +66,9 @@ class MarsTransformer(nn.Module):
         self.language_norm = Norm(language.width, eps=language.norm_eps)
         if not language.tied_embeddings:
             self.language_head = Linear(language.width, language.vocab_size, bias=False)
+        self.text_half: Tensor | None
+        self.register_buffer("text_half", None, persistent=False)
+        """A copy of the embedding in 16 bits, where that is also the head and training multiplies in so many."""
         specials = self.vocabulary.size - self.vocabulary.first_special
         self.special_embedding = _table(specials, language.width)
         self.special_head = Linear(language.width, specials, bias=False)
@@ -139,11 +142,15 @@ class MarsTransformer(nn.Module):
         return x_BTD
 
     def compile_layers(self) -> None:
-        """Compiles every layer at its first use, for training; a static cache is filled in place and cannot be used."""
+        """Compiles every layer, and what predicts the codes of cells, at their first use, for training; a static cache is
+        filled in place and cannot be used."""
         self.compiled = True
         for layer in self.layers:
             assert isinstance(layer, SemVIELayer)
             layer.alone = torch.compile(layer.alone, dynamic=True)  # type: ignore[method-assign]
+        if self.vocabulary.slots > 1:
+            compiled = torch.compile(self.visual_cells.forward, dynamic=True)
+            self.visual_cells.forward = compiled  # type: ignore[method-assign]
 
     def compile_steps(self) -> None:
         """Compiles steps of drawing at their first use, for a GPU: minutes that many pictures must pay back.
@@ -201,12 +208,14 @@ class MarsTransformer(nn.Module):
         """Logits of text ids at text positions, (B, T, V): the LLM's own."""
         if hasattr(self, "language_head"):
             return cast(Tensor, self.language_head(hidden_BTD))
-        return nn.functional.linear(hidden_BTD, self.language_embedding.weight)
+        return nn.functional.linear(hidden_BTD, self.text_table)
 
     @property
     def text_table(self) -> Tensor:
-        """(V, D) the weights of `text_logits`: the head's, or the embedding's where both are one."""
-        return self.language_head.weight if hasattr(self, "language_head") else self.language_embedding.weight
+        """(V, D) the weights of `text_logits`: the head's, or the embedding's (or its half) where both are one."""
+        if hasattr(self, "language_head"):
+            return self.language_head.weight
+        return self.language_embedding.weight if self.text_half is None else self.text_half
 
     @property
     def visual_table(self) -> Tensor:
