@@ -142,7 +142,7 @@ class MarsTransformer(nn.Module):
         return x_BTD
 
     def compile_layers(self) -> None:
-        """Compiles every layer, and what predicts the codes of cells, at their first use, for training; a static cache is
+        """Compiles every layer, and what predicts codes of cells, at first use, for training; a static cache is
         filled in place and cannot be used."""
         self.compiled = True
         for layer in self.layers:
