@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mars.config import from_dict, to_dict
-from mars.errors import CheckpointError, ConfigError, ModelError
+from mars.errors import CheckpointError, ConfigError, ModelError, RequestError
 from mars.files import cache_folder, remembered, whole_file
+from mars.hub import hub_folder, is_hub_id
 from mars.image_tokenizer.config import ImageTokenizerConfig
 from mars.image_tokenizer.model import ImageTokenizer
 from mars.model.base_llm import open_base_llm
@@ -279,6 +280,21 @@ def is_whole_model(folder: Path) -> bool:
     except CheckpointError:
         return False
     return not info.language.startswith("./") or is_whole_language(folder / info.language)
+
+
+def find_model(source: str | Path, *, revision: str | None = None) -> Path:
+    """A model's folder on this machine, fetched from the hub if it is only there.
+
+    Raises:
+        RequestError: for a revision of a folder.
+        ModelError: if the hub has no such model, or cannot be reached.
+    """
+    folder = Path(source).expanduser()
+    if folder.exists() or not is_hub_id(str(source)):
+        if revision is not None:
+            raise RequestError(f"a revision is for a model on the hub, got {revision} for the folder {folder}")
+        return folder
+    return hub_folder(str(source), revision=revision, is_whole=is_whole_model, subfolders=("language",))
 
 
 def stored_digest(folder: Path) -> str:

@@ -17,12 +17,12 @@ from torch import Tensor
 
 import mars
 from mars.adapter import adapt, load_adapted
-from mars.checkpoint import MarsModel, is_whole_model, load_model
-from mars.errors import ModelError, PromptError, RequestError
+from mars.checkpoint import MarsModel, find_model, load_model
+from mars.errors import ModelError, PromptError
 from mars.generation.engine import Progress
 from mars.generation.prompts import Prompts
 from mars.generation.sampling import Sampling
-from mars.hub import hub_folder, is_hub_id, upload
+from mars.hub import upload
 from mars.model.precision import Precision, check_precision
 from mars.picture import on_white_page, open_picture
 from mars.pipeline.checks import check_device
@@ -38,16 +38,6 @@ from mars.pipeline.writing import Piece, Said, captioning, document, reply
 SHIPPED = Path(__file__).parents[1] / "assets" / "mars-mini"
 """The model that comes with the package."""
 MAX_PROMPT_TOKENS = 512
-
-
-def _find(source: str | Path, *, revision: str | None) -> Path:
-    """A model's folder on this machine, fetched from the hub if it is only there."""
-    folder = Path(source).expanduser()
-    if folder.exists() or not is_hub_id(str(source)):
-        if revision is not None:
-            raise RequestError(f"a revision is for a model on the hub, got {revision} for the folder {folder}")
-        return folder
-    return hub_folder(str(source), revision=revision, is_whole=is_whole_model, subfolders=("language",))
 
 
 class MarsPipeline:
@@ -97,7 +87,7 @@ class MarsPipeline:
             raise ModelError(
                 "no model comes with this version; train one with `mars train configs/mini-pretrain.toml` and name it"
             )
-        folder = _find(SHIPPED if source is None else source, revision=revision)
+        folder = find_model(SHIPPED if source is None else source, revision=revision)
         if lora is None:
             return cls(load_model(folder, precision=precision, notify=notify))
         return cls(load_adapted(folder, Path(lora), scale=lora_scale, precision=precision, notify=notify))
