@@ -36,6 +36,12 @@ def test_the_model_is_at_most_60_megabytes() -> None:
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) <= 60 * MEGABYTE
 
 
+def test_the_card_says_what_its_page_says_today() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "mars-mini.md").read_text(encoding="utf-8")
+    said = page[page.index("## Data and licences") :].strip()
+    assert said in (SHIPPED / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("prompt", ["slice of pizza", "披萨"])
 def test_one_command_twice_gives_identical_bytes(tmp_path: Path, prompt: str) -> None:
     for name in ("a.png", "b.png"):

@@ -67,6 +67,8 @@ def test_frozen_matrices_are_kept_in_bf16_where_products_are_and_no_loss_changes
     ]
     assert len(frozen) == 3 * 7 + (2 * 7 + 2 if lora else 0)
     assert {weight.dtype for weight in halves.weights.values()} == {torch.float32}
+    tables = halves.transformer.text_table, halves.transformer.language_embedding.weight
+    assert [table.dtype for table in tables] == [torch.bfloat16, torch.float32]  # the head, and what ids look up
     found = steps(halves, 6)
     halves.save()
     again = start(table)
