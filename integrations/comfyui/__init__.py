@@ -25,7 +25,7 @@ CATEGORY = "MARS"
 _SERVER = ("STRING", {"default": "http://127.0.0.1:8000", "tooltip": "Where `mars serve` listens."})
 _SETTINGS = {
     "negative_prompt": ("STRING", {"default": "", "multiline": True, "tooltip": "What guidance moves away from."}),
-    "guidance_scale": ("FLOAT", {"default": 2.0, "min": 0.0, "max": 100.0, "step": 0.1, "tooltip": "1 is none."}),
+    "guidance_scale": ("FLOAT", {"default": 1.4, "min": 0.0, "max": 100.0, "step": 0.1, "tooltip": "1 is none."}),
     "temperature": ("FLOAT", {"default": 0.6, "min": 0.0, "max": 10.0, "step": 0.05}),
     "top_k": ("INT", {"default": 0, "min": 0, "max": 8192, "tooltip": "0 is all codes."}),
     "top_p": ("FLOAT", {"default": 1.0, "min": 0.01, "max": 1.0, "step": 0.01}),

@@ -1,7 +1,18 @@
 import pytest
 
+from mars.data.scene_words import OPPOSITE, SceneObject, english_name
 from mars.data.shards import Picture
-from mars.evaluation.captions import SPLITS, judge, measure_captions, names_of, said
+from mars.evaluation.captions import (
+    SPLITS,
+    judge,
+    judge_scenes,
+    measure_captions,
+    measure_scene_captions,
+    names_of,
+    said,
+    words_of,
+)
+from mars.evaluation.composition import choose_tasks
 from mars.pipeline import MarsPipeline
 
 
@@ -45,3 +56,35 @@ def test_pictures_of_both_splits_are_described_in_both_languages(
             assert one["right"]["model"] == sum(rights) / 3
     again, _ = measure_captions(pipe, pictures, count=3, seed=0)
     assert again == figures
+
+
+def test_a_scene_has_all_the_names_that_its_program_has_for_it() -> None:
+    pair = next(task for task in choose_tasks(count=1, seed=0, size=128)["spatial"])
+    one, two = pair.scene.objects
+    words = words_of(pair.scene, language="en")
+    side = pair.scene.relation
+    assert side is not None
+    assert words == {*said_of(one, two, side), *said_of(two, one, OPPOSITE[side])}
+    assert len(words) == 4
+    assert pair.prompt("zh") in words_of(pair.scene, language="zh")
+
+
+def said_of(first: SceneObject, second: SceneObject, side: str) -> tuple[str, str]:
+    one, two = (("an " if name[0] in "aeiou" else "a ") + name for name in (english_name(first), english_name(second)))
+    if side in ("left", "right"):
+        return f"{one} to the {side} of {two}", f"{two} with {one} on its {side}"
+    return f"{one} {side} {two}", f"{two} with {one} {side} it"
+
+
+def test_scenes_are_described_in_both_languages(pipe: MarsPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [task for some in choose_tasks(count=2, seed=0, size=128).values() for task in some]
+    figures, lines = measure_scene_captions(pipe, tasks, seed=0)
+    assert {title: list(languages) for title, languages in figures.items()} == {"unseen scenes": ["en", "zh"]}
+    assert len(lines) == 2 * len(tasks)
+    assert not any(line["right"] for line in lines)  # an untrained model
+    written = [task.prompt("en") for task in tasks]
+    assert judge_scenes(tasks, written, language="zh", seed=0)["right"]["model"] == 0
+    found = judge_scenes(tasks, [*(f"{text}." for text in written[:-1]), "a hat"], language="en", seed=0)
+    assert found["rights"] == [True] * (len(tasks) - 1) + [False]
+    assert found["right"]["floor"] == 0
+    assert found["exact"] == found["right"]["model"] == pytest.approx(1 - 1 / len(tasks))

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from mars.data.documents import CodedImage, Document, Text
 from mars.data.scene_combinations import split_of
-from mars.data.scene_words import COLOURS, SHAPES, Scene, SceneObject, captions_of
+from mars.data.scene_words import COLOURS, OPPOSITE, SHAPES, Scene, SceneObject, captions_of
 from mars.data.scenes import draw_scene, make_scene
 
 BATCH = 32
@@ -87,7 +87,6 @@ def _removed(scene: Scene, place: int) -> Edit:
     return Edit(kind="remove", before=scene, after=_without(scene, place), instructions=instructions)
 
 
-_OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 _SIDES = {
     "left": ("to the left of", "左边"),
     "right": ("to the right of", "右边"),
@@ -106,7 +105,7 @@ def _added(scene: Scene, place: int) -> Edit:
         (one, former), (other, latter) = names[place - 1], names[place + 1]
         instructions = {"en": f"add {english} between {one} and {other}", "zh": f"在{former}和{latter}中间加{chinese}"}
     else:
-        side = scene.relation if place == 0 else _OPPOSITE[scene.relation]
+        side = scene.relation if place == 0 else OPPOSITE[scene.relation]
         one, beside = names[1] if place == 0 else names[place - 1]
         instructions = {"en": f"add {english} {_SIDES[side][0]} {one}", "zh": f"在{beside}{_SIDES[side][1]}加{chinese}"}
     return Edit(kind="add", before=_without(scene, place), after=scene, instructions=instructions)

@@ -13,6 +13,7 @@ Kind = Literal["single", "count", "pair", "line"]
 Size = Literal["small", "medium", "large"]
 Relation = Literal["left", "right", "above", "below"]
 Box = tuple[int, int, int, int]
+OPPOSITE: dict[Relation, Relation] = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,9 @@ from mars.data.scenes import draw_scene
 from mars.data.shards import Picture, read_pictures
 from mars.errors import DataError, ModelError
 from mars.evaluation.agreement import agreement
-from mars.evaluation.captions import measure_captions
+from mars.evaluation.captions import measure_captions, measure_scene_captions
 from mars.evaluation.composition import CATEGORIES, Truth, choose_tasks, score
-from mars.evaluation.config import EmojiBench, EvaluationConfig
+from mars.evaluation.config import CompositionBench, EmojiBench, EvaluationConfig
 from mars.evaluation.drawing import BATCH, Artist
 from mars.evaluation.features import PACKAGE, EfficientNetLite0
 from mars.evaluation.plots import plot
@@ -90,7 +90,7 @@ def evaluate(
     if config.emoji is not None:
         _measure_emoji(run, config.emoji)
     if config.composition is not None:
-        _measure_composition(run, prompts=config.composition.prompts)
+        _measure_composition(run, config.composition)
     if find_spec("matplotlib") is None:
         say("no plots.png: matplotlib is not installed; run: pip install 'mars-t2i[eval]'")
     elif (plots := plot(run.report)) is not None:
@@ -153,15 +153,17 @@ def _measure_emoji(run: _Run, bench: EmojiBench) -> None:
         )
 
 
-def _measure_composition(run: _Run, *, prompts: int) -> None:
+def _measure_composition(run: _Run, bench: CompositionBench) -> None:
     width, height = run.artist.pipe.sizes[0]
     if width != height:
         raise ModelError(f"the compositional bench needs a model that draws squares, got {width}x{height}")
     figures: dict[str, Any] = {}
     pairs: dict[str, list[Pair]] = {language: [] for language in LANGUAGES}
-    for category, tasks in choose_tasks(count=prompts, seed=run.config.seed, size=width).items():
-        if len(tasks) < prompts:
-            run.notes.append(f"composition, {category}: there are {len(tasks)} prompts of the {prompts} asked for")
+    chosen = choose_tasks(count=bench.prompts, seed=run.config.seed, size=width)
+    for category, tasks in chosen.items():
+        if len(tasks) < bench.prompts:
+            asked = f"there are {len(tasks)} prompts of the {bench.prompts} asked for"
+            run.notes.append(f"composition, {category}: {asked}")
         with run.measure(f"composition, {category}"):
             truth = Truth.of(tasks, rebuild=run.artist.rebuild)
             for language in LANGUAGES:
@@ -177,6 +179,12 @@ def _measure_composition(run: _Run, *, prompts: int) -> None:
                         label = f"{category}: {task.prompt('en')}"
                         pairs[language].append(Pair(label=label, drawn=drawing.image, true=true, right=right))
     run.report["composition"] = figures
+    if bench.captions:
+        with run.measure("captions of scenes"):
+            described = [task for tasks in chosen.values() for task in tasks[: bench.captions]]
+            found, written = measure_scene_captions(run.artist.pipe, described, seed=run.config.seed)
+            run.report["captions"] = run.report.get("captions", {}) | found
+            run.predictions += written
     run.pictures |= {f"composition-{language}": contact_sheet(shown) for language, shown in pairs.items()}
 
 

@@ -52,10 +52,15 @@ class CompositionBench:
 
     prompts: int = 48
     """Of each category in each language, if there are as many; of counts there are 48."""
+    captions: int = 0
+    """How many of the scenes of each category are described."""
 
     def __post_init__(self) -> None:
-        if self.prompts < 1:
-            raise ConfigError(f"composition.prompts must be at least 1, got {self.prompts}")
+        if self.prompts < 1 or not 0 <= self.captions <= self.prompts:
+            raise ConfigError(
+                "composition.prompts must be at least 1 and composition.captions 0 to as many, "
+                f"got {self.prompts} and {self.captions}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

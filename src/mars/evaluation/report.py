@@ -166,7 +166,8 @@ def _composition(categories: dict[str, Any], _: dict[str, Any]) -> list[str]:
 def _captions(sets: dict[str, Any], _: dict[str, Any]) -> list[str]:
     lines = [
         "Captions of true pictures: right if the first words are the picture's name or one of its CLDR keywords. "
-        "Floor: captions of the other pictures. Exact: the name itself.",
+        "Of scenes in combinations that training never saw, if all that they say is so. "
+        "Floor: captions of the other pictures. Exact: the name itself, or the words that training uses.",
         "",
         "| pictures | language | n | right | floor | exact |",
         "|---|---|--:|--:|--:|--:|",

@@ -169,8 +169,8 @@ def _evaluation(report: Mapping[str, Any], *, visual_digest: str) -> str:
         if "captions" in report:
             lines += [
                 "",
-                "Captions of true pictures, right if they begin with the picture's name or one of its CLDR keywords. "
-                "Floor: captions of other pictures.",
+                "Captions of true pictures, right if they begin with the picture's name or one of its CLDR keywords; "
+                "of unseen scenes, if all that they say is so. Floor: captions of other pictures.",
                 *_table("pictures", report["captions"], rate="right", count="pictures"),
             ]
         codec = report["image_tokenizer"]

@@ -10,7 +10,7 @@ from PIL import Image
 from mars.generation.scheduler import Candidate, Finished
 from mars.picture import GeneratedImage
 from mars.pipeline.orders import Generated, Order
-from mars.pipeline.scoring import best_picture
+from mars.pipeline.scoring import CaptionLikelihood, best_picture
 
 if TYPE_CHECKING:
     from mars.pipeline import MarsPipeline
@@ -43,6 +43,9 @@ def _choose(
     if order.scorer is None:
         kept = [picture.likeliest for picture in found]
         return kept, _look(pipe, order, kept)
+    if isinstance(order.scorer, CaptionLikelihood) and order.keep is None:  # which reads codes, not pixels
+        kept = [_described_best(order.scorer, *one) for one in zip(order.prompts, found, strict=True)]
+        return kept, _look(pipe, order, kept)
     kept, images = [], []
     for prompt, picture in zip(order.prompts, found, strict=True):
         pictures = _look(pipe, order, picture.candidates)
@@ -50,6 +53,11 @@ def _choose(
         kept.append(picture.candidates[number])
         images.append(pictures[number])
     return kept, images
+
+
+def _described_best(scorer: CaptionLikelihood, prompt: str, picture: Finished) -> Candidate:
+    scores = scorer.of_codes(prompt, torch.stack([candidate.codes for candidate in picture.candidates]))
+    return picture.candidates[max(range(len(scores)), key=scores.__getitem__)]
 
 
 def _look(pipe: "MarsPipeline", order: Order, candidates: Sequence[Candidate]) -> list[Image.Image]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 MAX_IMAGES = 64
 """Pictures in one order; more rows than this only wait for each other."""
-DEFAULT_SAMPLING = Sampling(temperature=0.6, top_k=0, top_p=1.0, guidance=2.0, candidates=4)
+DEFAULT_SAMPLING = Sampling(temperature=0.6, top_k=0, top_p=1.0, guidance=1.4, candidates=4)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from mars.config import find_callable
 from mars.errors import MarsError, PromptError, RequestError
@@ -33,9 +34,13 @@ class CaptionLikelihood:
 
     pipe: "MarsPipeline"
 
-    @torch.inference_mode()
     def __call__(self, prompt: str, images: Sequence[Image.Image]) -> list[float]:
-        """As `Scorer`.
+        """As `Scorer`; errors are those of `of_codes`."""
+        return self.of_codes(prompt, torch.stack([self.pipe.encode(image) for image in images]))
+
+    @torch.inference_mode()
+    def of_codes(self, prompt: str, codes_BRC: Tensor) -> list[float]:
+        """The same of pictures that the image tokenizer need not encode: codes that were drawn.
 
         Raises:
             PromptError: if the prompt is empty.
@@ -47,10 +52,10 @@ class CaptionLikelihood:
         transformer, tokenizer = model.transformer, model.text_tokenizer
         hint = tokenizer.encode(CAPTION_HINTS[caption_language(prompt)])
         text = written_text(
-            [tokenizer.encode(prompt.strip())] * len(images), transformer.vocabulary, hints=[hint] * len(images),
+            [tokenizer.encode(prompt.strip())] * len(codes_BRC), transformer.vocabulary,
+            hints=[hint] * len(codes_BRC),
             end=tokenizer.eos_id,
         )  # fmt: skip
-        codes_BRC = torch.stack([self.pipe.encode(image) for image in images])
         image = read_image(codes_BRC, transformer.vocabulary)
         length, limit = image.ids.shape[1] + text.ids.shape[1], transformer.config.language.max_positions
         if length > limit:
