@@ -116,7 +116,8 @@ def test_a_report_that_says_something_else_does_not_replay(pipe: MarsPipeline, s
 
 @pytest.mark.usefixtures("few")
 def test_composition_is_reported_for_each_category_and_language(wide: MarsPipeline, tmp_path: Path) -> None:
-    config = EvaluationConfig(out=tmp_path / "1", sampling=SAMPLING, composition=CompositionBench(prompts=2))
+    bench = CompositionBench(prompts=2, captions=1)
+    config = EvaluationConfig(out=tmp_path / "1", sampling=SAMPLING, composition=bench)
     report = evaluate(wide, config)
     assert list(report["composition"]) == list(CATEGORIES)
     for languages in report["composition"].values():
@@ -125,10 +126,14 @@ def test_composition_is_reported_for_each_category_and_language(wide: MarsPipeli
             assert figures["right"]["model"] == 0  # it was never trained
             assert figures["right"]["model_interval"] == [0, 0]
         assert languages["en"]["right"]["ceiling"] == languages["zh"]["right"]["ceiling"]
-    found = lines(tmp_path / "1")
+    found = [line for line in lines(tmp_path / "1") if line["bench"] == "composition"]
     assert len(found) == sum(one["prompts"] for both in report["composition"].values() for one in both.values())
     assert all(line["right"] is False and isinstance(line["found"], list) for line in found)
+    described = [line for line in lines(tmp_path / "1") if line["bench"] == "captions"]
+    assert len(described) == 2 * len(CATEGORIES)
+    assert {line["set"] for line in described} == set(report["captions"]) == {"unseen scenes"}
     page = (tmp_path / "1" / "report.md").read_text("utf-8")
+    assert "| unseen scenes | zh | 6 | 0.0%" in page
     assert "| spatial | zh | " in page
     assert replay(wide, tmp_path / "1" / "report.json", out=tmp_path / "2")[1] == []
 
@@ -219,6 +224,8 @@ def test_what_cannot_be_measured_is_refused_in_one_line(pipe: MarsPipeline, tmp_
             EmojiBench(**wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"composition\.prompts must be at least 1"):
         CompositionBench(prompts=0)
+    with pytest.raises(ConfigError, match=r"composition\.captions 0 to as many, got 2 and 3"):
+        CompositionBench(prompts=2, captions=3)
     with pytest.raises(ConfigError, match="got neither"):
         EvaluationConfig()
     with pytest.raises(DataError, match="no picture shard at"):

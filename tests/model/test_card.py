@@ -106,7 +106,9 @@ def test_every_figure_of_a_report_is_shown_and_none_without_one() -> None:
     assert "| trained names | en | 200 | 50.0% (43.0%..57.0%) | 1.0% | 90.0% |" in text
     assert "| trained names | zh | 199 |" in text
     assert "22.50 dB PSNR on 622 held-out pictures, 79% of the codebook in use" in text
-    assert "seed 7" in text
+    assert "seed 7, candidates chosen by likelihood." in text
+    chosen = {**REPORT, "settings": {**REPORT["settings"], "scorer": "caption"}}
+    assert "seed 7, candidates chosen by caption." in card(report=chosen)
     assert "- held-out concepts: few" in text
     assert not re.search(r"Evaluation|\d %|dB", card())
 

@@ -156,7 +156,8 @@ def _evaluation(report: Mapping[str, Any], *, visual_digest: str) -> str:
             "",
             f"Top-1 retrieval of the true picture among {settings['candidates']} of its own style, with 95 % bootstrap "
             "intervals, by `mars eval`. Floor: pictures drawn for the empty prompt. Ceiling: the image tokenizer's "
-            f"reconstructions. Sampling {json.dumps(settings['sampling'])}, seed {settings['seed']}.",
+            f"reconstructions. Sampling {json.dumps(settings['sampling'])}, seed {settings['seed']}, candidates chosen "
+            f"by {settings.get('scorer', 'likelihood')}.",
             *_table("prompts", report["retrieval"], rate="top1"),
         ]
         if "composition" in report:
