@@ -11,7 +11,7 @@ OUT ?= out
 
 DEMO_EN ?= rocket
 DEMO_ZH ?= 红苹果
-DEMO_SEED ?= 1
+DEMO_SEED ?= 2
 TOKENIZER_CONFIG ?= configs/mini-tokenizer.toml
 CONFIG ?= configs/mini-pretrain.toml
 PYTEST_ARGS ?=
