@@ -76,7 +76,7 @@ def said_of(first: SceneObject, second: SceneObject, side: str) -> tuple[str, st
     return f"{one} {side} {two}", f"{two} with {one} {side} it"
 
 
-def test_scenes_are_described_in_both_languages(pipe: MarsPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scenes_are_described_in_both_languages(pipe: MarsPipeline) -> None:
     tasks = [task for some in choose_tasks(count=2, seed=0, size=128).values() for task in some]
     figures, lines = measure_scene_captions(pipe, tasks, seed=0)
     assert {title: list(languages) for title, languages in figures.items()} == {"unseen scenes": ["en", "zh"]}

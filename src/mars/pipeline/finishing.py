@@ -56,8 +56,8 @@ def _choose(
 
 
 def _described_best(scorer: CaptionLikelihood, prompt: str, picture: Finished) -> Candidate:
-    scores = scorer.of_codes(prompt, torch.stack([candidate.codes for candidate in picture.candidates]))
-    return picture.candidates[max(range(len(scores)), key=scores.__getitem__)]
+    codes = [candidate.codes for candidate in picture.candidates]
+    return picture.candidates[best_picture(scorer.of_codes, prompt, codes)]
 
 
 def _look(pipe: "MarsPipeline", order: Order, candidates: Sequence[Candidate]) -> list[Image.Image]:

@@ -6,7 +6,7 @@ Letters: B candidates, T positions, R rows, C columns.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from PIL import Image
@@ -20,6 +20,7 @@ from mars.sequence.text import CAPTION_HINTS, caption_language
 if TYPE_CHECKING:
     from mars.pipeline import MarsPipeline
 
+T = TypeVar("T")
 Scorer = Callable[[str, list[Image.Image]], Iterable[float]]
 """A prompt, and the pictures that were drawn for it: a score of each. The highest is kept, of equals the first."""
 
@@ -36,11 +37,11 @@ class CaptionLikelihood:
 
     def __call__(self, prompt: str, images: Sequence[Image.Image]) -> list[float]:
         """As `Scorer`; errors are those of `of_codes`."""
-        return self.of_codes(prompt, torch.stack([self.pipe.encode(image) for image in images]))
+        return self.of_codes(prompt, [self.pipe.encode(image) for image in images])
 
     @torch.inference_mode()
-    def of_codes(self, prompt: str, codes_BRC: Tensor) -> list[float]:
-        """The same of pictures that the image tokenizer need not encode: codes that were drawn.
+    def of_codes(self, prompt: str, codes: Sequence[Tensor]) -> list[float]:
+        """The same of pictures that the image tokenizer need not encode: codes (R, C) each, that were drawn.
 
         Raises:
             PromptError: if the prompt is empty.
@@ -52,11 +53,10 @@ class CaptionLikelihood:
         transformer, tokenizer = model.transformer, model.text_tokenizer
         hint = tokenizer.encode(CAPTION_HINTS[caption_language(prompt)])
         text = written_text(
-            [tokenizer.encode(prompt.strip())] * len(codes_BRC), transformer.vocabulary,
-            hints=[hint] * len(codes_BRC),
+            [tokenizer.encode(prompt.strip())] * len(codes), transformer.vocabulary, hints=[hint] * len(codes),
             end=tokenizer.eos_id,
         )  # fmt: skip
-        image = read_image(codes_BRC, transformer.vocabulary)
+        image = read_image(torch.stack(list(codes)), transformer.vocabulary)
         length, limit = image.ids.shape[1] + text.ids.shape[1], transformer.config.language.max_positions
         if length > limit:
             raise RequestError(f"picture and caption must fit into {limit} positions, got {length}; shorten the prompt")
@@ -86,7 +86,7 @@ def find_scorer(pipe: "MarsPipeline", name: str) -> Scorer | None:
     return found
 
 
-def scorer_name(scorer: Scorer) -> str:
+def scorer_name(scorer: Callable[..., Any]) -> str:
     """What is written into a picture: a name that `find_scorer` finds, where there is one."""
     if isinstance(scorer, CaptionLikelihood):
         return "caption"
@@ -94,8 +94,8 @@ def scorer_name(scorer: Scorer) -> str:
     return f"{named.__module__}:{named.__qualname__}"
 
 
-def best_picture(scorer: Scorer, prompt: str, images: Sequence[Image.Image]) -> int:
-    """The number of the picture that a scorer prefers.
+def best_picture(scorer: Callable[[str, list[T]], Iterable[float]], prompt: str, images: Sequence[T]) -> int:
+    """The number of the picture, or of its codes, that a scorer prefers.
 
     Raises:
         RequestError: if it fails, or does not give one number for each.
