@@ -164,7 +164,7 @@ def test_the_caption_scorer_says_how_likely_the_caption_is(pipe: MarsPipeline, p
             before.append(one)
         assert score == pytest.approx(wanted, abs=1e-3)
     assert len(set(found)) == 3
-    assert CaptionLikelihood(pipe).of_codes(prompt, torch.stack(list(map(pipe.encode, images)))) == found
+    assert CaptionLikelihood(pipe).of_codes(prompt, list(map(pipe.encode, images))) == found
 
 
 def test_the_caption_scorer_chooses_and_is_named(pipe: MarsPipeline) -> None:
@@ -172,7 +172,7 @@ def test_the_caption_scorer_chooses_and_is_named(pipe: MarsPipeline) -> None:
     assert isinstance(scorer, CaptionLikelihood)
     drawn = pipe("a red apple", seed=5, sampling=SAMPLING, scorer=scorer)
     every = candidates(pipe, "a red apple", seed=5)
-    scores = scorer.of_codes("a red apple", torch.stack(every))
+    scores = scorer.of_codes("a red apple", every)
     assert len(set(scores)) > 1
     assert torch.equal(drawn.codes[0], every[int(np.argmax(scores))])
     assert json.loads(drawn.images[0].info["settings"])["scorer"] == "caption"
