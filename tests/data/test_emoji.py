@@ -15,6 +15,7 @@ from mars.errors import DataError
 from mars.evaluation import questions
 
 CIRCLE = '<circle cx="8" cy="8" r="8" fill="red"/>'
+NO_NAMES = {"en": frozenset[str](), "zh": frozenset[str]()}
 ENTRIES: list[dict[str, Any]] = [
     {"hexcode": "1F34E", "label": "red apple", "tags": ["fruit", "red apple", "Red Apple"], "group": 4},
     {"hexcode": "2764-FE0F", "label": "red heart", "tags": ["love"], "group": 0},
@@ -127,7 +128,7 @@ def concept(index: int) -> Concept:
 def test_captions_name_style_and_tag_in_both_languages_and_hide_some_tags() -> None:
     hidden = 0
     for index in range(200):
-        captions = emoji._captions(concept(index), SETS["noto"])
+        captions = emoji._captions(concept(index), SETS["noto"], NO_NAMES)
         texts = {(one.language, one.kind): one.text for one in reversed(captions)}
         assert len({(one.language, one.kind, one.text) for one in captions}) == len(captions)
         assert texts["en", "name"] == f"name {index}"
@@ -138,10 +139,12 @@ def test_captions_name_style_and_tag_in_both_languages_and_hide_some_tags() -> N
         tagged = [one.text.split(", ") for one in captions if (one.language, one.kind) == ("en", "tags")]
         assert all(0 < len(some) <= 4 and not set(some) & secret for some in tagged)
         asked = [one.text for one in captions if (one.language, one.kind) == ("en", "request")]
-        assert len(asked) == 3
+        assert len(asked) == emoji.REQUESTS_EACH
         assert all(f"name {index}" in text and text != f"name {index}" for text in asked)
-        assert captions == emoji._captions(concept(index), SETS["noto"])
-        other = {(one.language, one.kind): one.text for one in emoji._captions(concept(index), SETS["fluent"])}
+        assert captions == emoji._captions(concept(index), SETS["noto"], NO_NAMES)
+        other = {
+            (one.language, one.kind): one.text for one in emoji._captions(concept(index), SETS["fluent"], NO_NAMES)
+        }
         assert other.get(("en", "paraphrase")) == texts.get(("en", "paraphrase"))
         hidden += len(secret)
     assert 0.3 < hidden / 1200 < 0.5
@@ -153,9 +156,22 @@ def test_evaluation_asks_in_words_that_no_request_has() -> None:
             assert wording not in REQUESTS[language]
 
 
+def test_the_name_of_another_picture_is_no_caption_of_this_one() -> None:
+    names = {"en": frozenset({"tag 0 0", "tag 0 1"}), "zh": frozenset[str]()}
+    seen: set[str] = set()
+    for index in range(200):
+        captions = emoji._captions(
+            concept(index), SETS["noto"], names | {"en": frozenset(f"tag {index} {n}" for n in "01")}
+        )
+        tagged = [one.text for one in captions if (one.language, one.kind) == ("en", "tags")]
+        assert not {f"tag {index} 0", f"tag {index} 1"} & set(tagged)
+        seen |= {text.removeprefix(f"tag {index} ") for text in tagged if "," not in text}
+    assert seen == set("2345")
+
+
 def test_a_tag_that_is_the_name_is_no_caption(cache: Path) -> None:
     apple = load_concepts(cache)[0]
-    tagged = [one.text for one in emoji._captions(apple, SETS["noto"]) if one.kind in ("tags", "paraphrase")]
+    tagged = [one.text for one in emoji._captions(apple, SETS["noto"], NO_NAMES) if one.kind in ("tags", "paraphrase")]
     assert tagged[0] == "fruit"
 
 

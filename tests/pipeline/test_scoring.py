@@ -16,7 +16,7 @@ from PIL import Image
 from mars.errors import ConfigError, ImageError, PromptError, RequestError
 from mars.generation.sampling import Sampling
 from mars.generation.scheduler import Finished, Scheduler
-from mars.pipeline import MarsPipeline
+from mars.pipeline import MarsPipeline, scoring
 from mars.pipeline.drawings import DrawingFailed, Drawings, Drawn
 from mars.pipeline.editing import edit_order
 from mars.pipeline.orders import draw_order
@@ -164,7 +164,28 @@ def test_the_caption_scorer_says_how_likely_the_caption_is(pipe: MarsPipeline, p
             before.append(one)
         assert score == pytest.approx(wanted, abs=1e-3)
     assert len(set(found)) == 3
-    assert CaptionLikelihood(pipe).of_codes(prompt, list(map(pipe.encode, images))) == found
+    assert CaptionLikelihood(pipe).of_codes([prompt], [list(map(pipe.encode, images))]) == [found]
+
+
+def test_captions_are_as_likely_together_as_alone(pipe: MarsPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer, prompts = CaptionLikelihood(pipe), ["a", "he a red apple", "苹果", "red"]
+    codes = [list(map(pipe.encode, pipe(["x", "y"], seed=seed).images))[: 1 + seed % 2] for seed in range(4)]
+    alone = [scorer.of_codes([prompt], [drawn])[0] for prompt, drawn in zip(prompts, codes, strict=True)]
+    for at_once in (64, 4, 1):
+        monkeypatch.setattr(scoring, "AT_ONCE", at_once)
+        together = scorer.of_codes(prompts, codes)
+        assert [pytest.approx(scores, abs=1e-4) for scores in alone] == together
+    assert list(map(len, together)) == [1, 2, 1, 2]
+    assert scorer.of_codes([], []) == []
+
+
+def test_equal_candidates_have_equal_scores_for_each_prompt(pipe: MarsPipeline) -> None:
+    scorer, (one, other) = CaptionLikelihood(pipe), list(map(pipe.encode, pipe(["x", "y"], seed=1).images))
+    found = scorer.of_codes(["a", "red"], [[one, one], [other, one, other.clone()]])
+    alone = [scorer.of_codes([prompt], [[codes]])[0][0] for prompt, codes in (("a", one), ("red", other), ("red", one))]
+    assert len(set(alone)) == 3
+    first, second, third = (pytest.approx(score, abs=1e-4) for score in alone)
+    assert found == [[first, first], [second, third, second]]
 
 
 def test_the_caption_scorer_chooses_and_is_named(pipe: MarsPipeline) -> None:
@@ -172,7 +193,7 @@ def test_the_caption_scorer_chooses_and_is_named(pipe: MarsPipeline) -> None:
     assert isinstance(scorer, CaptionLikelihood)
     drawn = pipe("a red apple", seed=5, sampling=SAMPLING, scorer=scorer)
     every = candidates(pipe, "a red apple", seed=5)
-    scores = scorer.of_codes("a red apple", every)
+    scores = scorer.of_codes(["a red apple"], [every])[0]
     assert len(set(scores)) > 1
     assert torch.equal(drawn.codes[0], every[int(np.argmax(scores))])
     assert json.loads(drawn.images[0].info["settings"])["scorer"] == "caption"

@@ -31,6 +31,8 @@ PARAPHRASE_PERCENT = 40
 """Share of a concept's tags that training never sees."""
 MARGIN = 1 / 16
 """White border on each side, as a share of the artwork's width."""
+REQUESTS_EACH = 10
+"""Ways to ask for each picture, in each language."""
 COMPONENT_GROUP = 2
 """Emoji group of skin tones and hair: parts, not pictures."""
 REQUESTS = {
@@ -38,12 +40,19 @@ REQUESTS = {
         "a picture of {}", "draw {}", "{} emoji", "an icon of {}", "show me {}", "I want {}", "paint {}, please",
         "a drawing of {}", "can you draw {}?", "make me {}", "an image of {}, please", "give me {}", "let me see {}",
         "{}, as an icon", "I would like to see {}", "create {} for us", "how about {}?", "sketch {}", "the emoji {}",
-        "now {}",
+        "now {}", "please paint {}", "draw {}, please", "could you make {} for me?", "please show us {}", "I need {}",
+        "draw me {}", "would you draw {} here?", "generate {}", "generate an image of {}", "a photo of {}",
+        "this is {}", "here is {}", "a simple drawing of {} on white", "my friend likes {}", "paint {} for my friend",
+        "please make a picture of {} for us", "a small {}", "look, {}!", "{} please", "{}, thanks", "a sticker of {}",
+        "hello, I want to see {}", "what does {} look like?", "design {} for my page", "one {}", "please add {} here",
     ),
     "zh": (
         "画{}", "{}的图片", "一张{}的画", "{}表情", "给我看{}", "我想要{}", "来一个{}", "请画{}", "{}图标", "一个{}",
         "帮我画{}", "生成一张{}的图", "能画一个{}吗？", "我想看{}", "做一个{}", "画一幅{}", "{}，谢谢", "给我一张{}",
-        "{}长什么样？", "表情：{}",
+        "{}长什么样？", "表情：{}", "请帮我做一个{}", "请给我看看{}", "为我们画{}", "请你画出{}", "我要一张{}的图片",
+        "能不能给我{}？", "这是{}", "看，{}！", "白色背景上的{}", "请生成{}的图像", "你好，我想看一个{}", "我需要{}",
+        "一幅{}", "一张图：{}", "请问{}是什么样子？", "朋友喜欢{}", "给朋友画{}", "麻烦画一张{}", "{}贴纸",
+        "设计一个{}", "请在这里画{}", "现在画{}",
     ),
 }  # fmt: skip
 """How people ask for a picture; evaluation asks in other words (`evaluation.questions`)."""
@@ -217,22 +226,27 @@ def _without_standard_error() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _wordings(tags: list[str], comma: str, *, seed: str) -> list[str]:
+def _wordings(tags: list[str], comma: str, *, seed: str, names: frozenset[str]) -> list[str]:
     """Tags as captions: all (up to four), each half of them, and a few chosen at random, so that no single one stands
-    for the picture."""
+    for the picture; without those that are `names` of other pictures ("train" is what a station has)."""
     half = -(-len(tags) // 2)
     dice = random.Random(f"tags {seed}")
     drawn = [dice.sample(tags, min(len(tags), dice.randint(1, 3))) for _ in range(3)]
     chosen = (tags[:4], tags[:half], tags[half:][::-1][:3], *drawn)
-    return list(dict.fromkeys(comma.join(some) for some in chosen if some))
+    texts = dict.fromkeys(comma.join(some) for some in chosen if some)
+    return [text for text in texts if text.lower() not in names]
 
 
-def _requests(name: str, words: tuple[str, ...], *, seed: str) -> list[str]:
-    """A name as people ask for it, in three ways."""
-    return [one.format(name) for one in random.Random(f"requests {seed}").sample(words, 3)]
+def _requests(name: str, language: str, *, seed: str) -> list[str]:
+    """A name as people ask for it, in ten ways, of the English ones half with an article."""
+    dice = random.Random(f"requests {seed}")
+    article = {"en": "an " if name[0].lower() in "aeiou" else "a ", "zh": ""}[language]
+    ways = dice.sample(REQUESTS[language], REQUESTS_EACH)
+    return [way.format(dice.choice(("", article)) + name) for way in ways]
 
 
-def _captions(concept: Concept, style: EmojiSet) -> tuple[Caption, ...]:
+def _captions(concept: Concept, style: EmojiSet, names: dict[str, frozenset[str]]) -> tuple[Caption, ...]:
+    """What is said of a picture; `names` are those of all concepts by language, in lower case."""
     captions = []
     for language, comma, words in (("en", ", ", style.en), ("zh", "，", style.zh)):
         name = concept.names[language]
@@ -242,7 +256,8 @@ def _captions(concept: Concept, style: EmojiSet) -> tuple[Caption, ...]:
         secret = [tag for tag in tags if _percentile(f"tag {concept.hexcode} {tag}") < PARAPHRASE_PERCENT]
         known = [tag for tag in tags if tag not in secret]
         seed = f"{concept.hexcode} {language}"
-        asked = {"request": _requests(name, REQUESTS[language], seed=seed), "tags": _wordings(known, comma, seed=seed)}
+        tagged = _wordings(known, comma, seed=seed, names=names[language])
+        asked = {"request": _requests(name, language, seed=seed), "tags": tagged}
         captions += [Caption(text=text, language=language, kind=kind) for kind in asked for text in asked[kind]]
         if secret:
             captions.append(Caption(text=comma.join(secret[:4]), language=language, kind="paraphrase"))
@@ -273,6 +288,7 @@ def make_emoji(
         refused: called with the key of each picture that cannot be drawn, and the reason.
     """
     concepts = load_concepts(cache)
+    names = {one: frozenset(concept.names[one].lower() for concept in concepts) for one in ("en", "zh")}
     for style in styles:
         chosen = SETS[style]
         folder = fetch(chosen.package, chosen.version, cache)
@@ -295,7 +311,7 @@ def make_emoji(
                     split=_split(concept, style),
                     source=chosen.source,
                     licence=chosen.licence,
-                    captions=_captions(concept, chosen),
+                    captions=_captions(concept, chosen, names),
                     width=size,
                     height=size,
                 )

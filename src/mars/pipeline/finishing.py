@@ -10,7 +10,7 @@ from PIL import Image
 from mars.generation.scheduler import Candidate, Finished
 from mars.picture import GeneratedImage
 from mars.pipeline.orders import Generated, Order
-from mars.pipeline.scoring import CaptionLikelihood, best_picture
+from mars.pipeline.scoring import CaptionLikelihood, best_codes, best_pictures
 
 if TYPE_CHECKING:
     from mars.pipeline import MarsPipeline
@@ -44,20 +44,16 @@ def _choose(
         kept = [picture.likeliest for picture in found]
         return kept, _look(pipe, order, kept)
     if isinstance(order.scorer, CaptionLikelihood) and order.keep is None:  # which reads codes, not pixels
-        kept = [_described_best(order.scorer, *one) for one in zip(order.prompts, found, strict=True)]
+        codes = [[candidate.codes for candidate in picture.candidates] for picture in found]
+        kept = _numbered(found, best_codes(order.scorer, order.prompts, codes))
         return kept, _look(pipe, order, kept)
-    kept, images = [], []
-    for prompt, picture in zip(order.prompts, found, strict=True):
-        pictures = _look(pipe, order, picture.candidates)
-        number = best_picture(order.scorer, prompt, pictures)
-        kept.append(picture.candidates[number])
-        images.append(pictures[number])
-    return kept, images
+    pictures = [_look(pipe, order, picture.candidates) for picture in found]
+    numbers = best_pictures(order.scorer, order.prompts, pictures)
+    return _numbered(found, numbers), [every[number] for every, number in zip(pictures, numbers, strict=True)]
 
 
-def _described_best(scorer: CaptionLikelihood, prompt: str, picture: Finished) -> Candidate:
-    codes = [candidate.codes for candidate in picture.candidates]
-    return picture.candidates[best_picture(scorer.of_codes, prompt, codes)]
+def _numbered(found: Sequence[Finished], numbers: Sequence[int]) -> list[Candidate]:
+    return [picture.candidates[number] for picture, number in zip(found, numbers, strict=True)]
 
 
 def _look(pipe: "MarsPipeline", order: Order, candidates: Sequence[Candidate]) -> list[Image.Image]:
