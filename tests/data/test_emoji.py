@@ -175,6 +175,12 @@ def test_a_tag_that_is_the_name_is_no_caption(cache: Path) -> None:
     assert tagged[0] == "fruit"
 
 
+def test_of_few_concepts_each_count_holds_the_smaller_ones(cache: Path) -> None:
+    found = [{one.record.concept for one in make_emoji(cache=cache, size=32, count=count)} for count in (1, 2, 3, 99)]
+    assert list(map(len, found)) == [1, 2, 3, 3]
+    assert found[0] < found[1] < found[2] == found[3]
+
+
 def test_a_concept_is_held_out_in_every_style_and_a_picture_in_one() -> None:
     splits = {(index, style): emoji._split(concept(index), style) for index in range(2000) for style in SETS}
     counts = Counter(splits.values())

@@ -26,6 +26,9 @@ def emoji(
     style: Annotated[
         list[str] | None, typer.Option(help="One of the styles; may be given again. Default: all.")
     ] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Concepts, at random but always the same. Default: all.", min=1)
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Render emoji artwork with English and Chinese captions (needs npm)."""
@@ -38,7 +41,7 @@ def emoji(
             raise RequestError(f"style must be one of {', '.join(SETS)}, got {name}")
     refused: list[str] = []
     made = make_emoji(
-        cache=cache, size=size, styles=tuple(style or SETS),
+        cache=cache, size=size, styles=tuple(style or SETS), count=count,
         refused=lambda key, reason: refused.append(f"{key}: {reason}"),
     )  # fmt: skip
     typer.echo(f"{out}: {write_pictures(out, made):,} pictures")

@@ -277,6 +277,7 @@ def make_emoji(
     cache: Path,
     size: int = 128,
     styles: tuple[str, ...] = tuple(SETS),
+    count: int | None = None,
     refused: Callable[[str, str], None] | None = None,
 ) -> Iterator[Picture]:
     """Renders every emoji of every style as a (size, size) picture on white.
@@ -285,9 +286,13 @@ def make_emoji(
         cache: where npm packages are unpacked; they are fetched once.
         size: pixels on each side.
         styles: names of `SETS`.
+        count: concepts, the same at random in all styles, and all of a smaller count among those of a larger; null
+            for all.
         refused: called with the key of each picture that cannot be drawn, and the reason.
     """
     concepts = load_concepts(cache)
+    if count is not None:
+        concepts = sorted(concepts, key=lambda one: hashlib.sha256(f"count {one.hexcode}".encode()).digest())[:count]
     names = {one: frozenset(concept.names[one].lower() for concept in concepts) for one in ("en", "zh")}
     for style in styles:
         chosen = SETS[style]
