@@ -168,6 +168,22 @@ def test_crops_come_first_and_whole_pictures_later(table: dict[str, Any]) -> Non
     assert trainer._batch(pictures).shape == (2, 3, 32, 32)
 
 
+@pytest.mark.parametrize(("side", "offsets"), [(64, 8), (16, 4), (2, 1)])
+def test_the_perceptual_loss_looks_from_every_offset_at_the_same_part_of_both(
+    table: dict[str, Any], side: int, offsets: int
+) -> None:
+    trainer = TokenizerTrainer(config_of(table, perceptual_share=0.5))
+    images = torch.arange(4 * 3 * side * side).reshape(4, 3, side, side).float()
+    seen = set()
+    for _ in range(60 * offsets):
+        rebuilt, true = trainer._shifted(images + 0.5, images)
+        assert torch.equal(rebuilt, true + 0.5)
+        assert len(true) == 2
+        assert float(true[-1, -1, -1, -1]) == float(images[1, -1, -1, -1])  # cut off at the top and on the left alone
+        seen.add((side - true.shape[2], side - true.shape[3]))
+    assert seen == {(top, left) for top in range(offsets) for left in range(offsets)}
+
+
 def test_held_out_pictures_are_never_trained_on(tiny_pictures: Path) -> None:
     train, held_out = load_pictures([tiny_pictures])
     assert (len(train), len(held_out)) == (24, 8)

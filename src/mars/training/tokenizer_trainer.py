@@ -37,6 +37,8 @@ from mars.training.process import has_fast_bf16
 from mars.training.runlog import RunLog
 from mars.training.runstate import check_files, check_finite, fixed_values, read_state, write_state
 
+SHIFT = 8
+"""Pixels, fewer than which the pictures that the perceptual loss looks at are cut off by."""
 RATE_PICTURES = 2048
 """Pictures on which it is measured how common codes are."""
 FREE = ("data", "out", "start_from", "steps", "learning_rate", "warmup", "report_every", "save_every")
@@ -257,9 +259,9 @@ class TokenizerTrainer:
         error = (rebuilt - images) * (high - low)
         parts["pixel"] = config.l1_weight * error.abs().mean() + config.l2_weight * error.square().mean()
         if self.perceptual is not None:
-            seen = max(1, round(len(images) * config.perceptual_share))
             with self._autocast():
-                parts["perceptual"] = config.perceptual_weight * self.perceptual(rebuilt[:seen], images[:seen]).float()
+                distance = self.perceptual(*self._shifted(rebuilt, images)).float()
+            parts["perceptual"] = config.perceptual_weight * distance
         loss = torch.stack(list(parts.values())).sum()
         if config.adversarial_from is not None and self.step >= config.adversarial_from:
             parts["adversarial"] = self._adversarial(loss, rebuilt, images)
@@ -327,6 +329,14 @@ class TokenizerTrainer:
             for index, top, left in zip(chosen, tops, lefts, strict=True)
         ]
         return (torch.stack(crops).float() / 255).contiguous(memory_format=torch.channels_last)
+
+    def _shifted(self, rebuilt: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the perceptual loss looks at: some of a batch, from a random pixel on, so that no pattern of the period
+        of its pooling pays (it shows as a fine grid)."""
+        most = max(1, min(SHIFT, *(side // 4 for side in images.shape[2:])))
+        top, left = torch.randint(most, (2,), generator=self.generator).tolist()
+        seen = max(1, round(len(images) * self.config.perceptual_share))
+        return rebuilt[:seen, :, top:, left:], images[:seen, :, top:, left:]
 
     @torch.inference_mode()
     def _set_rate(self, pictures: Tensor) -> None:
