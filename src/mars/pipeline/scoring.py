@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -103,7 +103,7 @@ def find_scorer(pipe: "MarsPipeline", name: str) -> Scorer | None:
     return found
 
 
-def scorer_name(scorer: Callable[..., Any]) -> str:
+def scorer_name(scorer: Scorer) -> str:
     """What is written into a picture: a name that `find_scorer` finds, where there is one."""
     if isinstance(scorer, CaptionLikelihood):
         return "caption"
