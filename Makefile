@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= out
 
 DEMO_EN ?= rocket
-DEMO_ZH ?= 披萨
+DEMO_ZH ?= 红苹果
 DEMO_SEED ?= 1
 TOKENIZER_CONFIG ?= configs/mini-tokenizer.toml
 CONFIG ?= configs/mini-pretrain.toml
