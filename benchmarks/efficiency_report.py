@@ -160,6 +160,7 @@ def _score_cell(metric: Metric, score: Mapping[str, Any]) -> str:
 def draw_plot(report: Mapping[str, Any], path: Path) -> None:
     """Each figure against FLOPs and against time, with 95 % intervals where there are some."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     names = list(dict.fromkeys(row["metric"] for row in report["comparison"]))
     figure = Figure(figsize=(11, 3.0 * len(names)), dpi=90, layout="constrained")
@@ -179,6 +180,8 @@ def draw_plot(report: Mapping[str, Any], path: Path) -> None:
                 places = [point[cost] / unit for point in points]
                 axes.errorbar(places, values, yerr=off, color=colour, label=family, marker="o", capsize=3)
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_minor_formatter(NullFormatter())  # or labels overlap within a decade
             axes.set_xlabel(f"{title}, hours" if cost == "seconds" else title)
             axes.set_ylabel(metric.title + ("" if metric.higher else " (less is better)"))
             axes.grid(alpha=0.3)
