@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks.average_models import main
-from mars.checkpoint import load_image_tokenizer, load_model, read_tensors, save_model
+from mars.checkpoint import load_image_tokenizer, load_model, read_json, read_tensors, save_model, write_json
 from mars.errors import CheckpointError, ModelError
 from mars.pipeline import MarsPipeline
 
@@ -56,6 +56,11 @@ def test_only_models_alike_have_a_mean(
     save_model(other, info=model.info, transformer=model.transformer, image_tokenizer=model.image_tokenizer)
     with pytest.raises(ModelError, match="differ in codes; only models alike"):
         main([str(tiny_model), str(other), "--out", str(out)])
+    llm = tmp_path / "llm"
+    shutil.copytree(tiny_model, llm)
+    write_json(llm / "config.json", read_json(llm / "config.json") | {"language_digest": "sha256:another"})
+    with pytest.raises(ModelError, match="differ in LLM; only models alike"):
+        main([str(tiny_model), str(llm), "--out", str(out)])
     damaged = tmp_path / "damaged"
     shutil.copytree(tiny_model, damaged)
     (damaged / "visual.safetensors").write_bytes(b"no weights")

@@ -20,7 +20,7 @@ UPSCALE_SAMPLING = Sampling(temperature=0)
 """The likeliest codes: they keep closest to the small picture, and the codes of one step are not drawn apart."""
 
 UPSCALE_DEVIATION = 0.2
-"""Less than a model deserves that was trained long, since the small model was not (docs/log.md measures some)."""
+"""Chosen for mars-mini, whose own upscaling was trained little, on held-out emoji (docs/log.md)."""
 MOST_CODES = 2**16
 """A codebook that is larger has no prior: it would take a gigabyte for a picture of 64 by 64 codes."""
 
